@@ -1,0 +1,114 @@
+"""
+Configuration of [`DAPOTrainer`].
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.trainer.base_config import _BaseConfig
+
+
+@dataclass
+class DAPOConfig(_BaseConfig):
+    r"""
+    Configuration of [`DAPOTrainer`], for Direct Advantage Policy Optimization (arXiv 2412.18279; not ByteDance's DAPO).
+
+    Defaults are the paper's; "paper" below quotes it. All arguments of [`~transformers.TrainingArguments`] apply too. A
+    batch is counted in rows: `per_device_train_batch_size=8` takes 8 states with all their candidates, or 8 solutions with
+    all their steps. The paper's batch of 2,048 pairs is about 500 state rows a step.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for `from_pretrained`, used when `model` is a name or path.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow models and tokenizers with Python code of their own.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to switch dropout off. The log-ratio of a policy to its reference has no meaning under dropout.
+
+        > Parameters that control the data
+
+        max_length (`int`, *optional*, defaults to `2048`):
+            Longest sequence in tokens, prompt included. What exceeds it is cut by whole steps, counted and reported. `None`
+            cuts nothing.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad sequences to a multiple of this length.
+        dataset_num_proc (`int`, *optional*):
+            Processes that tokenize the data set.
+        min_advantage_gap (`float`, *optional*, defaults to `0.1`):
+            States whose largest and smallest advantage differ by less are left out. Paper: 0.1. `0.0` keeps all.
+        duplicate_weights (`str`, *optional*, defaults to `"uniform"`):
+            Weight of a candidate in the loss. Paper: `"uniform"`, every unique candidate counts once. `"counts"` weighs it
+            by how often it was sampled, so that the weighted advantages of a state sum to zero.
+
+        > Parameters that control the reference policy
+
+        precompute_ref_log_probs (`bool`, *optional*, defaults to `True`):
+            Whether to compute the reference's log-probabilities once, before training, and then free the reference. The
+            paper's code does. `False` keeps the reference in memory and computes them in every step.
+        precompute_ref_batch_size (`int`, *optional*):
+            Rows per batch while doing so. `None` takes the batch size of training or evaluation.
+
+        > Parameters that control the training
+
+        beta (`float`, *optional*, defaults to `0.01`):
+            Scale of the target A/beta of a step's log-ratio. Paper: 0.01 or 0.02. A small model trained for a few hundred
+            steps wants more: the demo uses 0.1.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: `5e-7` instead of `5e-5` (paper).
+    > - `adam_beta2`: `0.95` instead of `0.999` (the paper's code).
+    > - `logging_steps`, `gradient_checkpointing` and `bf16` as in all TRL trainers.
+    """
+
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate of AdamW. Paper: 5e-7."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW. The paper's code: 0.95."})
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for `from_pretrained`, when `model` is a name or path."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to allow models and tokenizers with Python code of their own."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Whether to switch dropout off."})
+    max_length: int | None = field(
+        default=2048, metadata={"help": "Longest sequence in tokens. What exceeds it is cut by whole steps."}
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad sequences to a multiple of this length."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data set."})
+    min_advantage_gap: float = field(
+        default=0.1, metadata={"help": "States with a smaller advantage gap are left out. Paper: 0.1."}
+    )
+    duplicate_weights: str = field(
+        default="uniform",
+        metadata={
+            "help": "Weight of a candidate: 'uniform' (paper) or 'counts' (how often it was sampled).",
+            "choices": ["uniform", "counts"],
+        },
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True, metadata={"help": "Whether to compute the reference's log-probabilities once, before training."}
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows per batch while precomputing the reference's log-probabilities."}
+    )
+    beta: float = field(default=0.01, metadata={"help": "Scale of the target A/beta. Paper: 0.01 or 0.02."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            raise ValueError(f"`beta` must be positive, got {self.beta}. The paper uses 0.01 or 0.02.")
+        if not 0 <= self.min_advantage_gap <= 1:
+            raise ValueError(
+                f"`min_advantage_gap` must lie in [0, 1], got {self.min_advantage_gap}. The paper uses 0.1."
+            )
+        if self.duplicate_weights not in ("uniform", "counts"):
+            raise ValueError(f"`duplicate_weights` must be 'uniform' or 'counts', got {self.duplicate_weights!r}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2 (a prompt and a step), got {self.max_length}.")

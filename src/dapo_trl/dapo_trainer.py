@@ -1,0 +1,493 @@
+"""
+[`DAPOTrainer`]: the policy of Direct Advantage Policy Optimization.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, is_peft_model, tqdm
+from datasets import Dataset, DatasetDict
+from transformers import (
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import EvalPrediction
+from transformers.utils import is_peft_available
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, use_adapter
+
+from dapo_trl.cards import PAPER, POLICY_TEMPLATE, save_model_card
+from dapo_trl.collators import DataCollatorForStepPolicy
+from dapo_trl.dapo_config import DAPOConfig
+from dapo_trl.losses import dapo_loss
+from dapo_trl.metrics import RatioMetrics
+from dapo_trl.modeling import add_adapter, load_policy, load_tokenizer
+from dapo_trl.preprocessing import prepare_policy_dataset
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+
+logger = get_logger(__name__)
+
+
+class DAPOTrainer(_BaseTrainer):
+    """
+    Trainer for Direct Advantage Policy Optimization ([arXiv 2412.18279](https://huggingface.co/papers/2412.18279), NeurIPS
+    2025): offline, step-level RL. Not ByteDance's DAPO (arXiv 2503.14476), which TRL offers as a loss of its `GRPOTrainer`.
+
+    The policy regresses the log-ratio of every reasoning step onto its scaled advantage, see
+    [`~dapo_trl.losses.dapo_loss`]. Advantages come with the data: from a step critic ([`StepCriticTrainer`]), from Monte
+    Carlo values, or from anywhere else.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from dapo_trl import DAPOConfig, DAPOTrainer
+
+    >>> row = {"prompt": "4 - 7 max 2\\n", "prefix": [], "candidates": ["4 - 7 = 7\\n", "4 - 7 = 3\\n"]}
+    >>> dataset = Dataset.from_list([row | {"advantages": [0.4, -0.6]}])
+    >>> args = DAPOConfig("runs/doctest", max_steps=1, bf16=False, use_cpu=True, report_to="none", save_strategy="no")
+    >>> trainer = DAPOTrainer(model="examples/student", args=args, train_dataset=dataset)
+    >>> trainer.train().global_step
+    {'train_runtime': ...}
+    1
+
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model to train: a name on the Hub, the path of a folder, or an instance.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference policy. `None` takes `model` as it is before training: the base model under a new adapter, or the
+            adapter as it was loaded. Pass the model that sampled the data if that is another one.
+        args ([`DAPOConfig`], *optional*):
+            Configuration. `None` takes the defaults.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Makes a batch of tokenized rows. Defaults to [`~dapo_trl.collators.DataCollatorForStepPolicy`].
+        train_dataset ([`~datasets.Dataset`]):
+            State rows, solution rows or TRL preference rows, standard or conversational; see `docs/formats.md`.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Data to evaluate on, in any of the same formats.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. `None` loads the model's own. Without a padding token, its end token pads.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
+            Own metrics at evaluation. `predictions` are the log-ratios of all pairs, `label_ids` their advantages.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks besides the default ones.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and learning-rate scheduler; `None` for AdamW and a linear decay.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization, for a model given by name or path.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train instead of all weights. The reference is then the model with the adapter switched off.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if a row or an argument cannot be used; the message names it and the cure.
+    """
+
+    loss_is_scaled_for_ga = True  # by the pairs of the whole optimizer step, see `_get_num_items_in_batch`
+
+    _tag_names = ("trl", "dapo-trl", "direct-advantage-policy-optimization")
+    _name = "DAPO"
+    _paper = PAPER
+    _template_file = POLICY_TEMPLATE
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        ref_model: PreTrainedModel | None = None,
+        args: DAPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+    ) -> None:
+        args = _default_args(args, model)
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required.")
+        if ref_model is not None and ref_model is model:
+            raise ValueError(
+                "`ref_model` is the same object as `model`. Omit it: the initial policy is then the reference."
+            )
+        set_seed(args.seed)  # adapters start from random weights
+        model = load_policy(model, args, quantization_config)
+        processing_class = load_tokenizer(processing_class, model, args)
+        continues_adapter = is_peft_model(model)
+        model = add_adapter(model, peft_config, args)
+        _refuse_adapted_head(model)
+        if continues_adapter and ref_model is None and not args.precompute_ref_log_probs:
+            _add_reference_adapter(model)
+        self._reference_is_base = is_peft_model(model) and not continues_adapter
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+        self.preprocessing_report: dict[str, dict[str, int]] = {}
+        train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+        eval_dataset = self._prepare_eval_dataset(eval_dataset, processing_class, args)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator
+            or DataCollatorForStepPolicy(processing_class.pad_token_id, args.pad_to_multiple_of),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "`nn.DataParallel` is not supported, and several GPUs are visible to this one process. Start the script "
+                "with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
+            )
+        self.ref_model = self._prepare_ref_model(ref_model)
+        add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        self.model.add_model_tags(list(self._tag_names))
+        self._metrics = {"train": RatioMetrics(), "eval": RatioMetrics()}
+        self._num_tokens = 0
+        if args.precompute_ref_log_probs:
+            self._precompute_all()
+
+    # ---- Data ----
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: DAPOConfig, name: str
+    ) -> Dataset:
+        prepared, self.preprocessing_report[name] = prepare_policy_dataset(
+            dataset,
+            processing_class,
+            name=name,
+            max_length=args.max_length,
+            min_advantage_gap=args.min_advantage_gap,
+            duplicate_weights=args.duplicate_weights,
+            num_proc=args.dataset_num_proc,
+        )
+        return prepared
+
+    def _prepare_eval_dataset(self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: DAPOConfig) -> Any:
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {name: self._prepare_dataset(part, processing_class, args, name) for name, part in dataset.items()}
+        return self._prepare_dataset(dataset, processing_class, args, "eval")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["context_ids", "branches", "advantages", "weights", "ref_logps"]
+
+    # ---- Reference policy ----
+
+    def _prepare_ref_model(self, ref_model: PreTrainedModel | None) -> PreTrainedModel | None:
+        """The reference as a model of its own, or `None` where the policy itself can stand in for it."""
+        if ref_model is None:
+            if is_peft_model(self.model) or self.args.precompute_ref_log_probs:
+                return None  # the adapter is switched off or swapped; or the policy has not been trained yet
+            ref_model = self._copy_policy()
+        if self.args.disable_dropout:
+            disable_dropout_in_model(ref_model)
+        add_fused_lm_head(ref_model)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(ref_model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(ref_model, self.accelerator)
+        return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+    def _copy_policy(self) -> PreTrainedModel:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            # Weights may be sharded already, so the copy is loaded again from where the policy came from.
+            path = get_config_model_id(self.model.config)
+            if not path:
+                raise ValueError(
+                    "A policy that was built in memory cannot be copied once it is sharded. Pass `ref_model`, or leave "
+                    "`precompute_ref_log_probs=True`."
+                )
+            return load_policy(path, self.args)
+        return copy.deepcopy(self.model).requires_grad_(False)
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[torch.nn.Module]:
+        """The model that scores as the reference, without gradients."""
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            contextlib.ExitStack() as stack,
+        ):
+            if self.ref_model is None and is_peft_model(self.model):
+                policy = self.accelerator.unwrap_model(self.model)
+                if self._reference_is_base:
+                    stack.enter_context(use_adapter(policy, None))
+                elif "ref" in policy.peft_config:
+                    stack.enter_context(use_adapter(policy, "ref"))
+            yield self.ref_model if self.ref_model is not None else self.model
+
+    def _precompute_all(self) -> None:
+        """Reference log-probabilities of all rows, once; then the reference is freed."""
+        engine = None
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            # Before `train`, DeepSpeed has neither placed nor gathered the policy's weights.
+            engine = prepare_deepspeed(self.model, self.accelerator)
+        args = self.args
+        train_batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+        eval_batch_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        self.train_dataset = self._precompute(self.train_dataset, train_batch_size, "train", engine)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: self._precompute(part, eval_batch_size, name, engine) for name, part in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._precompute(self.eval_dataset, eval_batch_size, "eval", engine)
+        self.ref_model = None
+
+    def _precompute(
+        self, dataset: Dataset, batch_size: int, name: str, engine: torch.nn.Module | None = None
+    ) -> Dataset:
+        lengths = [
+            len(context) + max(sum(map(len, branch)) for branch in branches)
+            for context, branches in zip(dataset["context_ids"], dataset["branches"], strict=True)
+        ]
+        order = sorted(range(len(dataset)), key=lengths.__getitem__)
+        computed: list[tuple[int, list[float]]] = []
+        # Every process runs the same number of batches: sharded weights are gathered together.
+        with self._reference() as reference, self.accelerator.split_between_processes(order, apply_padding=True) as own:
+            for start in tqdm(range(0, len(own), batch_size), desc=f"Reference log-probabilities ({name})"):
+                indices = own[start : start + batch_size]
+                batch = self.data_collator([dataset[index] for index in indices])
+                logps = self._pair_logps(engine or reference, self._prepare_inputs(batch)).cpu()
+                parts = [logps[batch["state_index"].cpu() == row].tolist() for row in range(len(indices))]
+                computed += zip(indices, parts, strict=True)
+        logps_of = dict(gather_object(computed))
+        if "ref_logps" in dataset.column_names:
+            dataset = dataset.remove_columns("ref_logps")
+        return dataset.add_column("ref_logps", [logps_of[index] for index in range(len(dataset))])
+
+    # ---- Loss ----
+
+    def _pair_logps(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probability of each pair's step, shape (P,), float32: the sum over the step's tokens."""
+        pair_index = inputs["pair_index"]
+        with self.accelerator.autocast():
+            output = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                labels=inputs["input_ids"].masked_fill(pair_index < 0, -100),
+                use_cache=False,
+                fused_lm_head=True,
+            )
+        is_action = pair_index[:, 1:] >= 0
+        logps = torch.zeros_like(inputs["advantages"])
+        return logps.index_add(0, pair_index[:, 1:][is_action], output.log_probs[is_action].float())
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """Total weight of the pairs of the optimizer step, over its micro-batches and all processes."""
+        weight = sum((batch["weights"].sum() for batch in batch_samples), torch.zeros(())).to(device)
+        return self.accelerator.reduce(weight, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Loss of a batch: the mean over the pairs of the whole optimizer step.
+
+        Args:
+            model (`torch.nn.Module`):
+                The policy.
+            inputs (`dict[str, torch.Tensor]`):
+                A batch of [`~dapo_trl.collators.DataCollatorForStepPolicy`].
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Whether to return the log-ratios too.
+            num_items_in_batch (`torch.Tensor`, *optional*):
+                Total weight of the pairs of the optimizer step. `None`, as at evaluation, takes this batch's.
+
+        Returns:
+            `torch.Tensor` or `tuple`: the loss, and `{"log_ratios": ...}` of shape `(P,)`.
+        """
+        logps = self._pair_logps(model, inputs)
+        ref_logps = inputs.get("ref_logps")
+        if ref_logps is None:
+            with self._reference() as reference:
+                ref_logps = self._pair_logps(reference, inputs)
+        advantages, weights = inputs["advantages"], inputs["weights"]
+        loss_sum = dapo_loss(logps, ref_logps, advantages, self.args.beta, weights, reduction="sum")
+        if num_items_in_batch is None:
+            loss = loss_sum / weights.sum()
+        else:
+            # Gradients are averaged over processes, each of which holds a part of the sum.
+            loss = loss_sum * self.accelerator.num_processes / num_items_in_batch
+        log_ratios = (logps - ref_logps).detach()
+        self._record(inputs, log_ratios, loss_sum)
+        return (loss, {"log_ratios": log_ratios}) if return_outputs else loss
+
+    def _record(self, inputs: dict[str, torch.Tensor], log_ratios: torch.Tensor, loss_sum: torch.Tensor) -> None:
+        """Metrics of a batch; `docs/metrics.md` says what each is and what is healthy."""
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        advantages, weights = inputs["advantages"], inputs["weights"]
+        positive, negative, targets = advantages > 0, advantages < 0, advantages / self.args.beta
+        agrees = (log_ratios.sign() == advantages.sign()) & (positive | negative)
+        metrics.add("sign_accuracy", agrees.sum(), (positive | negative).sum())
+        metrics.add("log_ratios/positive", log_ratios[positive].sum(), positive.sum())
+        metrics.add("log_ratios/negative", log_ratios[negative].sum(), negative.sum())
+        metrics.add("kl", -(weights * log_ratios).sum(), weights.sum())
+        metrics.add("target_reached", (log_ratios * targets).sum(), (targets**2).sum())
+        num_states = inputs["state_index"][-1] + 1
+        bounds = [
+            advantages.new_zeros(int(num_states)).scatter_reduce(
+                0, inputs["state_index"], advantages, reduce=reduce, include_self=False
+            )
+            for reduce in ("amax", "amin")
+        ]
+        metrics.add("advantage_gap", (bounds[0] - bounds[1]).sum(), num_states)
+        if mode == "eval":
+            metrics.add("loss", loss_sum, weights.sum())
+            return
+        # Counts are per optimizer step: a micro-batch is a fraction of one.
+        share = torch.tensor(1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes))
+        metrics.add("pairs", torch.tensor(float(len(advantages))), share)
+        metrics.add("states", num_states, share)
+        self._num_tokens += int(self.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum"))
+
+    # ---- Trainer hooks ----
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Loss, log-ratios and advantages of a batch; the batches have no labels that `Trainer` would look for."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return (loss, None, None) if prediction_loss_only else (loss, outputs["log_ratios"], inputs["advantages"])
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Evaluate on the data set given at construction, or on another one in any of the row formats.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+                Data to evaluate on.
+            ignore_keys (`list[str]`, *optional*):
+                Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Prefix of the metrics' names.
+
+        Returns:
+            `dict[str, float]`: metrics.
+
+        Raises:
+            ValueError: if the reference was freed and the policy has been trained since.
+        """
+        if isinstance(eval_dataset, dict):
+            results = {}
+            for name, part in eval_dataset.items():
+                results |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return results
+        if isinstance(eval_dataset, Dataset) and "branches" not in eval_dataset.column_names:
+            eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, metric_key_prefix)
+            if self.args.precompute_ref_log_probs:
+                if self.state.global_step > 0 and not self._reference_is_base:
+                    raise ValueError(
+                        "The reference was freed when its log-probabilities had been computed, and `model` has been trained "
+                        "since. Give this data set as `eval_dataset` at construction, or set "
+                        "`precompute_ref_log_probs=False`."
+                    )
+                eval_dataset = self._precompute(eval_dataset, self.args.per_device_eval_batch_size, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the collected metrics to what is logged. An evaluation's loss is the mean over all its pairs."""
+        if self.model.training:
+            metrics = self._metrics["train"].pop(self.accelerator) | {"num_tokens": float(self._num_tokens)}
+        else:
+            prefix = next((key[: -len("loss")] for key in logs if key.endswith("_loss")), "eval_")
+            metrics = {prefix + name: value for name, value in self._metrics["eval"].pop(self.accelerator).items()}
+        logs.update(metrics)
+        super().log(logs, start_time)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        results: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Write the model card to `args.output_dir`.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str`, *optional*):
+                Name of the data set.
+            tags (`str` or `list[str]`, *optional*):
+                Tags besides the trainer's own.
+            results (`dict`, *optional*):
+                Rows of the table of results, see [`~dapo_trl.cards.save_model_card`].
+        """
+        save_model_card(self, super().create_model_card, model_name, dataset_name, tags, results)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.create_model_card(model_name=(self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+        super()._save_checkpoint(model, trial)
+
+
+def _default_args(args: DAPOConfig | None, model: Any) -> DAPOConfig:
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return DAPOConfig(f"{name.split('/')[-1]}-DAPO")
+    if not isinstance(args, DAPOConfig):
+        raise TypeError(
+            f"`args` must be a `DAPOConfig`, got {type(args).__name__}. `DPOConfig` arguments that exist here keep their "
+            "names: replace the class."
+        )
+    return args
+
+
+def _refuse_adapted_head(model: Any) -> None:
+    if not is_peft_model(model) or not is_peft_available():
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "`peft_config` puts an adapter on the LM head. Log-probabilities are computed from its weights directly, so that "
+            "adapter would never be trained. Remove `lm_head` from `target_modules`."
+        )
+
+
+def _add_reference_adapter(model: Any) -> None:
+    """Freeze a copy of the adapter that training goes on with: it is the reference."""
+    model.add_adapter("ref", model.peft_config[model.active_adapter])
+    for name, parameter in model.named_parameters():
+        if f".{model.active_adapter}." in name:
+            twin = model.get_parameter(name.replace(f".{model.active_adapter}.", ".ref."))
+            twin.data.copy_(parameter.data)

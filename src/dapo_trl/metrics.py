@@ -1,0 +1,47 @@
+"""
+Metrics that are right however the data is split over micro-batches and processes.
+"""
+
+from collections import defaultdict
+
+import torch
+from accelerate import Accelerator
+
+
+class RatioMetrics:
+    """
+    Collects metrics as sums of numerators and denominators, so that what is logged is a mean over pairs or states, not a
+    mean of means over batches of different size.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from accelerate import Accelerator
+    >>> from dapo_trl.metrics import RatioMetrics
+
+    >>> metrics = RatioMetrics()
+    >>> metrics.add("sign_accuracy", torch.tensor(3.0), torch.tensor(4.0))
+    >>> metrics.add("sign_accuracy", torch.tensor(0.0), torch.tensor(1.0))
+    >>> metrics.pop(Accelerator(cpu=True))
+    {'sign_accuracy': 0.6}
+
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
+        """Add to a metric. Both arguments are scalars of this process; they are summed over processes when logged."""
+        self._sums[name].append(torch.stack((numerator.detach().double(), denominator.detach().double())))
+
+    def pop(self, accelerator: Accelerator) -> dict[str, float]:
+        """Ratios since the last call, over all processes; a metric whose denominator is zero is left out."""
+        if not self._sums:
+            return {}
+        sums = torch.stack([torch.stack(terms).sum(0) for terms in self._sums.values()])
+        totals = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
+        names = list(self._sums)
+        self._sums.clear()
+        return {name: top / bottom for name, (top, bottom) in zip(names, totals, strict=True) if bottom}

@@ -1,0 +1,362 @@
+"""
+Rows of any format -> tokenized rows for the two trainers; what is left out is counted.
+
+A tokenized row has `context_ids` (ids of the state) and `branches` (chains of steps that follow it), see `collators.py`.
+"""
+
+import logging
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import extract_prompt
+
+from dapo_trl.advantages import advantage_gap, sibling_advantages, step_advantages, with_true_rewards
+from dapo_trl.formats import check_dataset
+from dapo_trl.tokenization import encode_preference, encode_solution, encode_state, tokenizer_fingerprint
+
+
+logger = logging.getLogger(__name__)
+
+_TOKEN_FEATURES = {"context_ids": List(Value("int64")), "branches": List(List(List(Value("int64"))))}
+
+
+def tokenize_policy_row(
+    row: dict[str, Any], row_format: str, tokenizer: PreTrainedTokenizerBase, duplicate_weights: str = "uniform"
+) -> dict[str, Any]:
+    """
+    Tokenized row for [`DAPOTrainer`].
+
+    Args:
+        row (`dict`):
+            A state row, solution row or TRL preference row that has passed [`check_dataset`].
+        row_format (`str`):
+            `"state"`, `"solution"` or `"preference"`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        duplicate_weights (`str`, *optional*, defaults to `"uniform"`):
+            Weight of a pair: `"uniform"` for 1, `"counts"` for how often the candidate was sampled.
+
+    Returns:
+        `dict` with `context_ids`, `branches`, `advantages` and `weights`.
+    """
+    tokens = tokenize_row(row, row_format, tokenizer)
+    advantages = _advantages(row, row_format)
+    counts = row.get("counts")
+    weights = counts if duplicate_weights == "counts" and counts is not None else [1.0] * len(advantages)
+    return tokens | {"advantages": advantages, "weights": [float(weight) for weight in weights]}
+
+
+def tokenize_critic_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """
+    Tokenized row for [`StepCriticTrainer`].
+
+    Args:
+        row (`dict`):
+            A solution row. Without counts, each value is taken as one rollout with that (soft) outcome.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the critic.
+
+    Returns:
+        `dict` with `context_ids`, `branches`, `successes` and `rollouts`.
+    """
+    tokens = tokenize_row(row, "solution", tokenizer)
+    if row.get("mc_rollouts") is None:
+        return tokens | {"successes": list(row["values"]), "rollouts": [1] * len(row["values"])}
+    return tokens | {"successes": list(row["mc_successes"]), "rollouts": list(row["mc_rollouts"])}
+
+
+def tokenize_row(row: dict[str, Any], row_format: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """
+    Token ids of a row: the sampler's own where the row has them, else its text tokenized in context.
+
+    Args:
+        row (`dict`):
+            A state row, solution row or TRL preference row.
+        row_format (`str`):
+            `"state"`, `"solution"` or `"preference"`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model that reads the ids.
+
+    Returns:
+        `dict` with `context_ids` (`list[int]`) and `branches` (`list[list[list[int]]]`).
+    """
+    template_kwargs = {name: row[name] for name in ("tools",) if row.get(name)} | (
+        row.get("chat_template_kwargs") or {}
+    )
+    if row_format == "state":
+        candidates_ids = row.get("candidates_ids")
+        if candidates_ids is None:
+            ended = [reward is not None for reward in row.get("rewards") or [None] * len(row["candidates"])]
+            context_ids, candidates_ids = encode_state(
+                row["prompt"], row["prefix"], row["candidates"], ended, tokenizer, **template_kwargs
+            )
+        else:
+            context_ids = row["prompt_ids"] + [token for step in row["prefix_ids"] for token in step]
+        return {"context_ids": context_ids, "branches": [[ids] for ids in candidates_ids]}
+    if row_format == "preference":
+        context_ids, candidates_ids = encode_preference(row, tokenizer, **template_kwargs)
+        return {"context_ids": context_ids, "branches": [[ids] for ids in candidates_ids]}
+    if row.get("completions_ids") is not None:
+        return {"context_ids": row["prompt_ids"], "branches": [row["completions_ids"]]}
+    context_ids, steps_ids = encode_solution(
+        row["prompt"], row["completions"], tokenizer, ended=not row.get("truncated"), **template_kwargs
+    )
+    return {"context_ids": context_ids, "branches": [steps_ids]}
+
+
+def check_fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Refuse token ids that another tokenizer made.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows, with or without ids.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model that shall read them.
+
+    Raises:
+        ValueError: if the rows carry ids whose `tokenizer_fingerprint` is not this tokenizer's.
+    """
+    has_ids = {"candidates_ids", "completions_ids"} & set(dataset.column_names)
+    if not has_ids or "tokenizer_fingerprint" not in dataset.column_names:
+        return
+    own = tokenizer_fingerprint(tokenizer)
+    for index, fingerprint in enumerate(dataset["tokenizer_fingerprint"]):
+        if fingerprint != own:
+            raise ValueError(
+                f"Row {index}: its token ids come from a tokenizer with fingerprint {fingerprint!r}, this model's tokenizer "
+                f"has {own!r}. Use the tokenizer of the model that sampled the data, or remove the columns that end in "
+                "`_ids` to tokenize the text again."
+            )
+
+
+def truncate_row(row: dict[str, Any], max_length: int | None) -> tuple[dict[str, Any], int]:
+    """
+    Remove whole steps until no sequence of the row exceeds `max_length` tokens.
+
+    A chain of steps loses its tail; a candidate that does not fit is removed. Columns with a number per step or per state
+    lose the same entries.
+
+    Args:
+        row (`dict`):
+            Tokenized row.
+        max_length (`int` or `None`):
+            Longest sequence, context included; `None` for no limit.
+
+    Returns:
+        `tuple[dict, int]`: the row, and how many steps were removed.
+    """
+    if max_length is None:
+        return row, 0
+    branches, kept, position = [], [], 0
+    for branch in row["branches"]:
+        ends = accumulate(map(len, branch), initial=len(row["context_ids"]))
+        fitting = sum(end <= max_length for end in ends) - 1
+        kept += range(position, position + max(fitting, 0))
+        position += len(branch)
+        if fitting > 0:
+            branches.append(branch[:fitting])
+    shorter = {**row, "branches": branches}
+    for name in ("advantages", "weights"):
+        if name in row:
+            shorter[name] = [row[name][index] for index in kept]
+    for name in ("successes", "rollouts"):  # of a single chain, whose first state is the context
+        if name in row:
+            shorter[name] = row[name][: len(kept) + 1]
+    return shorter, position - len(kept)
+
+
+def prepare_policy_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "train",
+    max_length: int | None = None,
+    min_advantage_gap: float = 0.0,
+    duplicate_weights: str = "uniform",
+    num_proc: int | None = None,
+) -> tuple[Dataset, dict[str, int]]:
+    """
+    Check, tokenize, truncate and filter the rows that [`DAPOTrainer`] trains on.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            State rows, solution rows or TRL preference rows.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        name (`str`, *optional*, defaults to `"train"`):
+            What the data set is called in messages.
+        max_length (`int`, *optional*):
+            Longest sequence in tokens; what exceeds it is cut by whole steps.
+        min_advantage_gap (`float`, *optional*, defaults to `0.0`):
+            States whose candidates' advantages differ by less are left out.
+        duplicate_weights (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"` or `"counts"`.
+        num_proc (`int`, *optional*):
+            Processes that tokenize.
+
+    Returns:
+        `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts: `rows`, `rows_kept`, `steps`, `steps_truncated` (did
+        not fit into `max_length`), `rows_too_long` (no step fitted), `rows_without_contrast` (gap too small).
+
+    Raises:
+        TypeError: if `dataset` is no `Dataset`.
+        ValueError: if a row is bad, or no row is left.
+    """
+    _check_kind(dataset, name)
+    if {"chosen", "rejected"} <= set(dataset.column_names) and "prompt" not in dataset.column_names:
+        dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts ({name})", num_proc=num_proc)
+    row_format = check_dataset(dataset).format
+    if row_format == "stepwise":
+        raise ValueError(
+            f"`{name}_dataset` has TRL's stepwise format, whose labels judge steps but not states. Convert it with "
+            "`dapo_trl.formats.from_stepwise`, or train a step critic and use its values."
+        )
+    if row_format == "preference":
+        logger.warning(
+            f"`{name}_dataset` holds preference pairs: each is taken as one state, the prompt, with two whole solutions as "
+            "its candidates (advantages 0.5 and -0.5). That works, but steps with values of their own teach more: see "
+            "`docs/formats.md`."
+        )
+    check_fingerprint(dataset, tokenizer)
+
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        tokens = tokenize_policy_row(row, row_format, tokenizer, duplicate_weights)
+        row, removed = truncate_row(tokens, max_length)
+        no_contrast = not _has_contrast(row, min_advantage_gap)
+        return row | {"fate": "too_long" if not row["branches"] else "without_contrast" if no_contrast else "kept",
+                      "removed": removed}  # fmt: skip
+
+    features = _TOKEN_FEATURES | {"advantages": List(Value("float64")), "weights": List(Value("float64"))}
+    return _tokenize_and_select(dataset, tokenize, features, name, num_proc, max_length, min_advantage_gap)
+
+
+def prepare_critic_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "train",
+    max_length: int | None = None,
+    num_proc: int | None = None,
+) -> tuple[Dataset, dict[str, int]]:
+    """
+    Check, tokenize and truncate the rows that [`StepCriticTrainer`] trains on.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Solution rows.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the critic.
+        name (`str`, *optional*, defaults to `"train"`):
+            What the data set is called in messages.
+        max_length (`int`, *optional*):
+            Longest sequence in tokens; what exceeds it is cut by whole steps.
+        num_proc (`int`, *optional*):
+            Processes that tokenize.
+
+    Returns:
+        `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts as of [`prepare_policy_dataset`].
+
+    Raises:
+        TypeError: if `dataset` is no `Dataset`.
+        ValueError: if a row is bad, the rows are of another format, or no row is left.
+    """
+    _check_kind(dataset, name)
+    row_format = check_dataset(dataset).format
+    if row_format != "solution":
+        raise ValueError(
+            f"A step critic learns from solution rows (`prompt`, `completions`, `values`), but `{name}_dataset` has the "
+            f"{row_format} format."
+        )
+    check_fingerprint(dataset, tokenizer)
+
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        row, removed = truncate_row(tokenize_critic_row(row, tokenizer), max_length)
+        return row | {"fate": "kept" if row["branches"] else "too_long", "removed": removed}
+
+    features = _TOKEN_FEATURES | {"successes": List(Value("float64")), "rollouts": List(Value("float64"))}
+    return _tokenize_and_select(dataset, tokenize, features, name, num_proc, max_length)
+
+
+def _check_kind(dataset: Any, name: str) -> None:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`{name}_dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}. Rows are checked, filtered and "
+            "counted before training starts, so a stream must be read first: `Dataset.from_list(list(stream))`."
+        )
+
+
+def _tokenize_and_select(
+    dataset: Dataset,
+    tokenize: Callable[[dict[str, Any]], dict[str, Any]],
+    features: dict[str, Any],
+    name: str,
+    num_proc: int | None,
+    max_length: int | None,
+    min_advantage_gap: float = 0.0,
+) -> tuple[Dataset, dict[str, int]]:
+    tokenized = dataset.map(
+        tokenize,
+        remove_columns=dataset.column_names,
+        features=Features(features | {"fate": Value("string"), "removed": Value("int64")}),
+        num_proc=num_proc,
+        desc=f"Tokenizing ({name})",
+    )
+    fates = list(tokenized["fate"])
+    kept = [index for index, fate in enumerate(fates) if fate == "kept"]
+    report = {
+        "rows": len(dataset),
+        "rows_kept": len(kept),
+        "steps_truncated": sum(tokenized["removed"]),
+        "rows_too_long": fates.count("too_long"),
+        "rows_without_contrast": fates.count("without_contrast"),
+    }
+    selected = tokenized.select(kept).remove_columns(["fate", "removed"])
+    report["steps"] = sum(len(branch) for branches in selected["branches"] for branch in branches)
+    _explain(report, fates, name, max_length, min_advantage_gap)
+    return selected, report
+
+
+def _explain(
+    report: dict[str, int], fates: list[str], name: str, max_length: int | None, min_advantage_gap: float
+) -> None:
+    """Say what was left out and why; refuse to go on with nothing."""
+    reasons = []
+    if report["steps_truncated"]:
+        first = f"; row {fates.index('too_long')} is the first" if report["rows_too_long"] else ""
+        reasons.append(
+            f"{report['steps_truncated']} steps did not fit into `max_length={max_length}`, which leaves "
+            f"{report['rows_too_long']} rows with none{first}"
+        )
+    if report["rows_without_contrast"]:
+        reasons.append(
+            f"{report['rows_without_contrast']} states have an advantage gap below `min_advantage_gap={min_advantage_gap}`"
+        )
+    if not report["rows_kept"]:
+        raise ValueError(
+            f"No row of `{name}_dataset` ({report['rows']} rows) can be trained on: {' and '.join(reasons)}. Raise "
+            "`max_length`, lower `min_advantage_gap`, or collect data with more contrast."
+        )
+    if reasons:
+        logger.warning(
+            f"`{name}_dataset`: kept {report['rows_kept']} of {report['rows']} rows: {' and '.join(reasons)}."
+        )
+
+
+def _has_contrast(row: dict[str, Any], min_advantage_gap: float) -> bool:
+    """Candidates of a state are compared with each other; steps of a solution each have their own state."""
+    if len(row["branches"]) > 1:
+        # Advantages are differences of probabilities: 0.6 - 0.5 must not fail a gap of 0.1 by its last bit.
+        return advantage_gap(row["advantages"]) >= min_advantage_gap - 1e-9
+    return True
+
+
+def _advantages(row: dict[str, Any], row_format: str) -> list[float]:
+    if row_format == "preference":
+        return sibling_advantages([1.0, 0.0]).tolist()
+    if row_format == "solution":
+        return step_advantages(row["values"]).tolist()
+    if row.get("advantages") is not None:
+        return list(row["advantages"])
+    return sibling_advantages(with_true_rewards(row["values"], row.get("rewards")), row.get("counts")).tolist()

@@ -1,0 +1,84 @@
+"""
+Configuration of [`StepCriticTrainer`].
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.trainer.base_config import _BaseConfig
+
+
+@dataclass
+class StepCriticConfig(_BaseConfig):
+    r"""
+    Configuration of [`StepCriticTrainer`], the critic of Direct Advantage Policy Optimization (arXiv 2412.18279).
+
+    Defaults are the paper's; "paper" below quotes it. All arguments of [`~transformers.TrainingArguments`] apply too. A
+    batch is counted in solutions, each with all its states.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for `from_pretrained`, used when `model` is a name or path.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow models and tokenizers with Python code of their own.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to switch dropout off. transformers puts a dropout of 0.1 before the head of most token classifiers.
+
+        > Parameters that control the data
+
+        max_length (`int`, *optional*, defaults to `2048`):
+            Longest sequence in tokens, prompt included. What exceeds it is cut by whole steps, counted and reported. `None`
+            cuts nothing.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad sequences to a multiple of this length.
+        dataset_num_proc (`int`, *optional*):
+            Processes that tokenize the data set.
+
+        > Parameters that control the training
+
+        state_weights (`str`, *optional*, defaults to `"rollouts"`):
+            Weight of a state in the loss: `"rollouts"` for the binomial likelihood of its counts, `"uniform"` for the
+            paper's plain mean over states. They agree when every state has the same number of rollouts, as in the paper.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: `5e-6` instead of `5e-5` (paper).
+    > - `num_train_epochs`: `1` instead of `3` (paper).
+    > - `logging_steps`, `gradient_checkpointing` and `bf16` as in all TRL trainers.
+    """
+
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate of AdamW. Paper: 5e-6."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data. Paper: 1."})
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for `from_pretrained`, when `model` is a name or path."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to allow models and tokenizers with Python code of their own."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Whether to switch dropout off."})
+    max_length: int | None = field(
+        default=2048, metadata={"help": "Longest sequence in tokens. What exceeds it is cut by whole steps."}
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad sequences to a multiple of this length."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data set."})
+    state_weights: str = field(
+        default="rollouts",
+        metadata={
+            "help": "Weight of a state: 'rollouts' (binomial likelihood) or 'uniform' (paper).",
+            "choices": ["rollouts", "uniform"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.state_weights not in ("rollouts", "uniform"):
+            raise ValueError(f"`state_weights` must be 'rollouts' or 'uniform', got {self.state_weights!r}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2 (a prompt and a step), got {self.max_length}.")

@@ -1,0 +1,372 @@
+"""
+[`StepCriticTrainer`]: the critic of Direct Advantage Policy Optimization.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, tqdm
+from datasets import Dataset, DatasetDict
+from transformers import (
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import EvalPrediction
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+
+from dapo_trl.cards import CRITIC_TEMPLATE, PAPER, save_model_card
+from dapo_trl.collators import DataCollatorForStepCritic
+from dapo_trl.diagnostics import critic_metrics
+from dapo_trl.formats import check_dataset
+from dapo_trl.losses import critic_loss, critic_weights
+from dapo_trl.modeling import add_adapter, load_critic, load_tokenizer
+from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset, tokenize_row
+from dapo_trl.step_critic_config import StepCriticConfig
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+
+logger = get_logger(__name__)
+
+
+class StepCriticTrainer(_BaseTrainer):
+    """
+    Trainer for the step critic of Direct Advantage Policy Optimization ([arXiv
+    2412.18279](https://huggingface.co/papers/2412.18279), NeurIPS 2025). Not ByteDance's DAPO (arXiv 2503.14476).
+
+    The critic predicts the value of every state of a solution: the probability that the reference policy, continuing from
+    there, ends correct. It is a token classifier with one label, read at the last token of the prompt and of every step, all
+    states of a solution from one forward pass, and learns from soft Monte Carlo values by
+    [`~dapo_trl.losses.critic_loss`]. It is a value function, not a process reward model: do not sum it as a reward.
+
+    Evaluation reports `bce`, `bce_constant`, `skill`, `brier` and `calibration_error`, see
+    [`~dapo_trl.diagnostics.critic_metrics`].
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from dapo_trl import StepCriticConfig, StepCriticTrainer
+
+    >>> row = {"prompt": "4 - 7 max 2\\n", "completions": ["4 - 7 = 3\\n", "3 max 2 = 3\\n", "#### 3"]}
+    >>> dataset = Dataset.from_list([row | {"values": [0.5, 0.1, 0.0, 0.0]}])
+    >>> args = StepCriticConfig("runs/doctest", max_steps=1, bf16=False, use_cpu=True, report_to="none", save_strategy="no")
+    >>> trainer = StepCriticTrainer(model="examples/student", args=args, train_dataset=dataset)
+    >>> trainer.train().global_step
+    {'train_runtime': ...}
+    1
+    >>> len(trainer.predict_values(dataset)[0]["critic_values"])
+    4
+
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Name or path of a causal language model, whose backbone gets a new scalar head, or of a step critic to go on with;
+            or an instance of `AutoModelForTokenClassification` with one label.
+        args ([`StepCriticConfig`], *optional*):
+            Configuration. `None` takes the defaults.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Makes a batch of tokenized rows. Defaults to [`~dapo_trl.collators.DataCollatorForStepCritic`].
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Solution rows, standard or conversational; see `docs/formats.md`. May be omitted for a trainer that only
+            evaluates or predicts.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Solution rows to evaluate on.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. `None` loads the model's own. Without a padding token, its end token pads.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
+            Own metrics at evaluation instead of the default ones. `predictions` are the logits of all states, `label_ids` of
+            shape `(S, 2)` their successes and rollouts.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks besides the default ones.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and learning-rate scheduler; `None` for AdamW and a linear decay.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization, for a model given by name or path.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train instead of all weights. Use `task_type="TOKEN_CLS"`, so that the head is trained and saved too.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if a row or an argument cannot be used; the message names it and the cure.
+    """
+
+    loss_is_scaled_for_ga = True  # by the states of the whole optimizer step, see `_get_num_items_in_batch`
+
+    _tag_names = ("trl", "dapo-trl", "step-critic", "value-function")
+    _name = "Step Critic"
+    _paper = PAPER
+    _template_file = CRITIC_TEMPLATE
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: StepCriticConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = StepCriticConfig(f"{name.split('/')[-1]}-StepCritic")
+        elif not isinstance(args, StepCriticConfig):
+            raise TypeError(f"`args` must be a `StepCriticConfig`, got {type(args).__name__}.")
+        set_seed(args.seed)  # the head starts from random weights
+        model = load_critic(model, args, quantization_config)
+        processing_class = load_tokenizer(processing_class, model, args)
+        model = add_adapter(model, peft_config, args)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+        self.preprocessing_report: dict[str, dict[str, int]] = {}
+        if train_dataset is not None:
+            train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._prepare_dataset(part, processing_class, args, name) for name, part in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare_dataset(eval_dataset, processing_class, args, "eval")
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator
+            or DataCollatorForStepCritic(processing_class.pad_token_id, args.pad_to_multiple_of),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics or self._compute_critic_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "`nn.DataParallel` is not supported, and several GPUs are visible to this one process. Start the script "
+                "with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
+            )
+        self.model.add_model_tags(list(self._tag_names))
+
+    def predict_values(self, dataset: Dataset, batch_size: int | None = None) -> Dataset:
+        """
+        Add the critic's values to rows.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Solution rows or state rows. Values of their own are not needed and stay untouched.
+            batch_size (`int`, *optional*):
+                Rows per batch. `None` takes `per_device_eval_batch_size`.
+
+        Returns:
+            [`~datasets.Dataset`]: the rows with a column `critic_values`, in [0, 1]: for a solution the values of its K+1
+            states, for a state row one value per candidate, of the state that it leads to. The values of candidates that
+            end the solution are guesses like all others; [`add_advantages`] replaces them by the true `rewards`.
+
+        Raises:
+            ValueError: if the rows are of another format, or one is longer than `max_length`.
+        """
+        row_format = _format_to_predict(dataset)
+        check_fingerprint(dataset, self.processing_class)
+        rows = [
+            tokenize_row(row, row_format, self.processing_class) | {"context_is_state": row_format == "solution"}
+            for row in dataset
+        ]
+        lengths = [len(row["context_ids"]) + max(sum(map(len, branch)) for branch in row["branches"]) for row in rows]
+        if self.args.max_length is not None and max(lengths) > self.args.max_length:
+            index = lengths.index(max(lengths))
+            raise ValueError(
+                f"Row {index} has {lengths[index]} tokens, more than `max_length={self.args.max_length}`. Raise `max_length` "
+                "or leave the row out: every state needs a value."
+            )
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        computed = self._predict_in_order(rows, order, batch_size or self.args.per_device_eval_batch_size)
+        values = [computed[index] for index in range(len(rows))]
+        if "critic_values" in dataset.column_names:
+            dataset = dataset.remove_columns("critic_values")
+        return dataset.add_column("critic_values", values)
+
+    def _predict_in_order(
+        self, rows: list[dict[str, Any]], order: list[int], batch_size: int
+    ) -> dict[int, list[float]]:
+        computed: list[tuple[int, list[float]]] = []
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.split_between_processes(order, apply_padding=True) as own:
+            for start in tqdm(range(0, len(own), batch_size), desc="Critic values"):
+                indices = own[start : start + batch_size]
+                inputs = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
+                values = torch.sigmoid(self._state_logits(self.model, inputs)).tolist()
+                for index in indices:
+                    size = sum(map(len, rows[index]["branches"])) + rows[index]["context_is_state"]
+                    computed.append((index, values[:size]))
+                    values = values[size:]
+        self.model.train(was_training)
+        return dict(gather_object(computed))
+
+    # ---- Data ----
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: StepCriticConfig, name: str
+    ) -> Dataset:
+        prepared, self.preprocessing_report[name] = prepare_critic_dataset(
+            dataset, processing_class, name=name, max_length=args.max_length, num_proc=args.dataset_num_proc
+        )
+        return prepared
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["context_ids", "branches", "successes", "rollouts"]
+
+    # ---- Loss ----
+
+    def _state_logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logit of the value of each state, shape (S,), float32."""
+        with self.accelerator.autocast():
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        return logits[inputs["state_rows"], inputs["state_columns"], 0].float()
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """Total weight of the states of the optimizer step, over its micro-batches and all processes."""
+        weights = [critic_weights(batch["rollouts"], self.args.state_weights).sum() for batch in batch_samples]
+        return self.accelerator.reduce(sum(weights, torch.zeros(())).to(device), reduction="sum")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Loss of a batch: the weighted mean over the states of the whole optimizer step.
+
+        Args:
+            model (`torch.nn.Module`):
+                The critic.
+            inputs (`dict[str, torch.Tensor]`):
+                A batch of [`~dapo_trl.collators.DataCollatorForStepCritic`].
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Whether to return the logits too.
+            num_items_in_batch (`torch.Tensor`, *optional*):
+                Total weight of the states of the optimizer step. `None`, as at evaluation, takes this batch's.
+
+        Returns:
+            `torch.Tensor` or `tuple`: the loss, and `{"logits": ...}` of shape `(S,)`.
+        """
+        logits = self._state_logits(model, inputs)
+        counts = (inputs["successes"], inputs["rollouts"])
+        if num_items_in_batch is None:
+            loss = critic_loss(logits, *counts, self.args.state_weights)
+        else:
+            # Gradients are averaged over processes, each of which holds a part of the sum.
+            loss_sum = critic_loss(logits, *counts, self.args.state_weights, reduction="sum")
+            loss = loss_sum * self.accelerator.num_processes / num_items_in_batch
+        return (loss, {"logits": logits.detach()}) if return_outputs else loss
+
+    # ---- Trainer hooks ----
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Loss, logits and counts of a batch; the batches have no labels that `Trainer` would look for."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        labels = torch.stack((inputs["successes"], inputs["rollouts"]), dim=1)
+        return (loss, None, None) if prediction_loss_only else (loss, outputs["logits"], labels)
+
+    def _compute_critic_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        values = 1 / (1 + np.exp(-np.asarray(prediction.predictions, dtype=np.float64)))
+        successes, rollouts = np.asarray(prediction.label_ids, dtype=np.float64).T
+        metrics = critic_metrics(values, successes, rollouts)
+        # The mean over all states; what `Trainer` computes is a mean of means over batches.
+        uniform = self.args.state_weights == "uniform"
+        loss = (
+            critic_metrics(values, successes / rollouts, np.ones_like(rollouts))["bce"] if uniform else metrics["bce"]
+        )
+        return metrics | {"loss": loss, "states": float(len(values))}
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Evaluate on the data set given at construction, or on other solution rows.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+                Solution rows to evaluate on.
+            ignore_keys (`list[str]`, *optional*):
+                Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Prefix of the metrics' names.
+
+        Returns:
+            `dict[str, float]`: metrics.
+        """
+        if isinstance(eval_dataset, dict):
+            results = {}
+            for name, part in eval_dataset.items():
+                results |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return results
+        if isinstance(eval_dataset, Dataset) and "branches" not in eval_dataset.column_names:
+            eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        results: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Write the model card to `args.output_dir`.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str`, *optional*):
+                Name of the data set.
+            tags (`str` or `list[str]`, *optional*):
+                Tags besides the trainer's own.
+            results (`dict`, *optional*):
+                Rows of the table of results, see [`~dapo_trl.cards.save_model_card`].
+        """
+        save_model_card(self, super().create_model_card, model_name, dataset_name, tags, results)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.create_model_card(model_name=(self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+        super()._save_checkpoint(model, trial)
+
+
+def _format_to_predict(dataset: Dataset) -> str:
+    """Rows to be valued need no values yet, so only their steps decide what they are."""
+    if len(dataset) == 0:
+        raise ValueError("There is no row to predict values for: the data set is empty.")
+    columns = set(dataset.column_names)
+    if {"prompt", "prefix", "candidates"} <= columns:
+        return "state"
+    if {"prompt", "completions"} <= columns:
+        return "solution"
+    return check_dataset(dataset).format

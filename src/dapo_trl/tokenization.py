@@ -1,0 +1,219 @@
+"""
+Rows -> token ids, such that a trainer's context is exactly what generation saw.
+
+Where a row carries the sampler's own ids (columns ending in `_ids`) they are used as they are; otherwise text is tokenized
+in its context and cut where the steps end.
+"""
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import apply_chat_template, common_prefix_length
+
+from dapo_trl.steps import token_ends
+
+
+Prompt = str | list[dict[str, Any]]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[int]:
+    """
+    Token ids of a prompt as generation sees it.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            Plain text, tokenized with the tokenizer's special tokens; or messages, rendered with the chat template and its
+            generation prompt.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        **template_kwargs:
+            Passed to the chat template, for example `tools`.
+
+    Returns:
+        `list[int]`: token ids.
+
+    Raises:
+        ValueError: if messages are given and the tokenizer has no chat template, or the prompt has no token.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from dapo_trl.tokenization import encode_prompt
+
+    >>> len(encode_prompt("4 - 7\\n", AutoTokenizer.from_pretrained("examples/student")))
+    4
+
+    ```
+    """
+    ids = _encode_text(*_render(prompt, tokenizer, **template_kwargs), tokenizer)
+    if not ids:
+        raise ValueError(
+            f"The prompt {prompt!r} has no token. Add a `bos_token` to the tokenizer or text to the prompt."
+        )
+    return ids
+
+
+def encode_solution(
+    prompt: Prompt, steps: Sequence[str], tokenizer: PreTrainedTokenizerBase, ended: bool = True, **template_kwargs: Any
+) -> tuple[list[int], list[list[int]]]:
+    """
+    Token ids of a prompt and of the steps that follow it.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, plain or conversational.
+        steps (sequence of `str`, length K):
+            Exact text of the steps, separators included.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        ended (`bool`, *optional*, defaults to `True`):
+            Whether the policy ended its solution after the last step: its end-of-sequence token then belongs to that step.
+        **template_kwargs:
+            Passed to the chat template.
+
+    Returns:
+        `tuple[list[int], list[list[int]]]`: ids of the context, and of each of the K steps.
+
+    Raises:
+        ValueError: if two steps end within one token, so that one of them would have none.
+    """
+    text, is_rendered = _render(prompt, tokenizer, **template_kwargs)
+    prompt_ids = _encode_text(text, is_rendered, tokenizer)
+    full_text = text + "".join(steps)
+    full_ids = _encode_text(full_text, is_rendered, tokenizer)
+    starts = _token_starts(full_text, full_ids, is_rendered, tokenizer)
+    cuts = [common_prefix_length(prompt_ids, full_ids)]
+    for step, end in zip(steps, accumulate(map(len, steps), initial=len(text)), strict=False):
+        cuts.append(max(cuts[0], bisect_left(starts, end + len(step))))
+        if cuts[-1] == cuts[-2]:
+            raise ValueError(f"The step {step!r} has no token of its own: join it with a neighbour.")
+    cuts[-1] = len(full_ids)
+    steps_ids = [full_ids[start:end] for start, end in pairwise(cuts)]
+    if ended:
+        steps_ids[-1] = _with_eos(steps_ids[-1], tokenizer)
+    return full_ids[: cuts[0]], steps_ids
+
+
+def encode_state(
+    prompt: Prompt,
+    prefix: Sequence[str],
+    candidates: Sequence[str],
+    ended: Sequence[bool],
+    tokenizer: PreTrainedTokenizerBase,
+    **template_kwargs: Any,
+) -> tuple[list[int], list[list[int]]]:
+    """
+    Token ids of a state and of the candidate steps that may follow it.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, plain or conversational.
+        prefix (sequence of `str`):
+            Exact text of the steps taken so far.
+        candidates (sequence of `str`, length C):
+            Exact text of the candidate next steps.
+        ended (sequence of `bool`, length C):
+            Whether each candidate ends the solution, that is, is followed by the end-of-sequence token.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        **template_kwargs:
+            Passed to the chat template.
+
+    Returns:
+        `tuple[list[int], list[list[int]]]`: ids of the state, and of each of the C candidates. Where a tokenizer merges
+        characters across their boundary, the state is what all of them have in common.
+    """
+    text, is_rendered = _render(prompt, tokenizer, **template_kwargs)
+    text += "".join(prefix)
+    state_ids = _encode_text(text, is_rendered, tokenizer)
+    full_ids = [_encode_text(text + candidate, is_rendered, tokenizer) for candidate in candidates]
+    start = min(common_prefix_length(state_ids, ids) for ids in full_ids)
+    candidates_ids = [ids[start:] for ids in full_ids]
+    return state_ids[:start], [
+        _with_eos(ids, tokenizer) if end else ids for ids, end in zip(candidates_ids, ended, strict=True)
+    ]
+
+
+def encode_preference(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any
+) -> tuple[list[int], list[list[int]]]:
+    """
+    Token ids of a TRL preference row, as `DPOTrainer` encodes it: the prompt, and the chosen and rejected completions.
+
+    Args:
+        row (`dict`):
+            `prompt`, `chosen` and `rejected`, all text or all messages.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        **template_kwargs:
+            Passed to the chat template.
+
+    Returns:
+        `tuple[list[int], list[list[int]]]`: ids of the prompt, and of the two completions, each with its end token. What
+        the chat template writes after an assistant message belongs to the completion.
+    """
+    if isinstance(row["prompt"], str):
+        return encode_state(row["prompt"], [], [row["chosen"], row["rejected"]], [True, True], tokenizer)
+    _render(row["prompt"], tokenizer)  # refuses a tokenizer without chat template
+    messages = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    text = apply_chat_template(messages, tokenizer, **template_kwargs)
+    prompt_ids = _encode_text(text["prompt"], True, tokenizer)
+    full_ids = [_encode_text(text["prompt"] + text[name], True, tokenizer) for name in ("chosen", "rejected")]
+    start = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
+    return prompt_ids[:start], [ids[start:] for ids in full_ids]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    Short hash of what a tokenizer maps to what: equal fingerprints mean that ids can be exchanged.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+
+    Returns:
+        `str`: 16 hexadecimal digits of the SHA-256 of its sorted vocabulary.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16]
+
+
+def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> tuple[str, bool]:
+    """Text of the prompt, and whether a chat template made it (then it already holds its special tokens)."""
+    if isinstance(prompt, str):
+        return prompt, False
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The prompt is conversational, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or give "
+            "the prompt as plain text."
+        )
+    return apply_chat_template({"prompt": prompt}, tokenizer, **template_kwargs)["prompt"], True
+
+
+def _encode_text(text: str, is_rendered: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=not is_rendered).input_ids
+    # Some tokenizers close every text with their end token. Here the text goes on.
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
+
+
+def _token_starts(text: str, ids: list[int], is_rendered: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Character at which each token starts, non-decreasing; a token that straddles the end of a step starts before it."""
+    if tokenizer.is_fast:
+        offsets = tokenizer(text, add_special_tokens=not is_rendered, return_offsets_mapping=True).offset_mapping
+        return [start for start, _ in offsets[: len(ids)]]
+    decoded, ends = token_ends(ids, tokenizer, skip_special_tokens=False)
+    if decoded != text:
+        raise ValueError(
+            f"{type(tokenizer).__name__} reports no offsets and does not give back the text it encoded, so steps cannot be "
+            "located in its tokens. Use a fast tokenizer, or give the sampler's ids (`prompt_ids`, `completions_ids`)."
+        )
+    return [0, *ends[:-1]]
+
+
+def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
