@@ -94,9 +94,11 @@ PAPER = {
     "generation_batch_size": 64,
     "critic_learning_rate": 5e-6,
     "critic_epochs": 1.0,
+    "critic_warmup_steps": 0,
     "critic_batch_size": 8,
     "critic_accumulation_steps": 8,
     "beta": 0.01,
+    "duplicate_weights": "uniform",
     "policy_learning_rate": 5e-7,
     "policy_epochs": 1.0,
     "policy_max_steps": -1,
@@ -114,10 +116,12 @@ DEMO = PAPER | {
     "max_new_tokens": 64,
     "generation_batch_size": 512,
     "critic_learning_rate": 5e-4,
-    "critic_epochs": 2.0,
-    "critic_batch_size": 64,
+    "critic_epochs": 5.0,
+    "critic_warmup_steps": 25,
+    "critic_batch_size": 32,
     "critic_accumulation_steps": 1,
     "beta": 0.1,
+    "duplicate_weights": "counts",
     "policy_learning_rate": 4e-4,
     "policy_max_steps": 80,
     "policy_warmup_steps": 20,
@@ -164,11 +168,12 @@ class MathArguments:
     )
     critic_learning_rate: float | None = field(default=None, metadata={"help": "Paper: 5e-6."})
     critic_epochs: float | None = field(default=None, metadata={"help": "Paper: 1."})
+    critic_warmup_steps: int | None = field(default=None, metadata={"help": "Warm-up steps. Paper: not stated."})
     critic_batch_size: int | None = field(default=None, metadata={"help": "Solutions per micro-batch."})
     critic_accumulation_steps: int | None = field(default=None, metadata={"help": "Micro-batches per step."})
     beta: float | None = field(default=None, metadata={"help": "Scale of the target A/beta. Paper: 0.01."})
-    duplicate_weights: str = field(
-        default="uniform", metadata={"help": "Weight of a candidate: 'uniform' (paper) or 'counts'."}
+    duplicate_weights: str | None = field(
+        default=None, metadata={"help": "Weight of a candidate: 'uniform' (paper) or 'counts' (demo)."}
     )
     policy_learning_rate: float | None = field(default=None, metadata={"help": "Paper: 5e-7."})
     policy_epochs: float | None = field(default=None, metadata={"help": "Passes over the states."})
@@ -426,6 +431,7 @@ def train_critic(
         output_dir=str(Path(arguments.output_dir) / "critic"),
         learning_rate=arguments.critic_learning_rate,
         num_train_epochs=arguments.critic_epochs,
+        warmup_steps=arguments.critic_warmup_steps,
         per_device_train_batch_size=arguments.critic_batch_size,
         gradient_accumulation_steps=arguments.critic_accumulation_steps,
         **shared_training_arguments(arguments, model_config),

@@ -190,6 +190,8 @@ def test_hostile_text_takes_no_longer_than_its_length(unit):
         ("100 000", "100,000"),
         ("−5", "-5"),
         ("five", "5"),
+        (r"\approx 5", "5"),
+        ("approximately 5", "5"),
         ("12345678901234567890123", "12345678901234567890123"),
         # decimals
         ("18.00", "18"),
@@ -207,11 +209,14 @@ def test_hostile_text_takes_no_longer_than_its_length(unit):
         ("1 1/2", r"\frac{3}{2}"),
         ("-1 1/2", "-1.5"),
         ("1½", "1.5"),
+        (r"0.\overline{3}", "1/3"),
+        (r"-1.1\overline{6}", r"-\frac{7}{6}"),
         # percent and magnitudes
         ("50%", "50%"),
         (r"50\%", "50 percent"),
         ("50%", "0.5"),
         ("50", "50%"),
+        ("75 percent of them", "75%"),
         (r"\frac{1}{2}", "50%"),
         ("5 million", "5,000,000"),
         ("5 million dollars", "5"),
@@ -247,6 +252,7 @@ def test_hostile_text_takes_no_longer_than_its_length(unit):
         ("3", "x = 3"),
         ("48/2 = 24", "24"),
         ("10!", "3628800"),
+        ("5 to 1", "5:1"),
         ("2π", r"2\pi"),
         ("2pi", r"2\pi"),
         ("infinity", r"\infty"),
@@ -277,6 +283,7 @@ def test_equal(verifier, stated, gold):
         ("12345678901234567890124", "12345678901234567890123"),  # equal as floats
         ("0.30000000000000004", "0.3"),
         ("0.333", "1/3"),
+        (r"0.\overline{3}", "0.3"),
         ("18.01", "18"),
         ("1 1/2", "11/2"),
         (r"1\frac{1}{2}", "0.5"),
@@ -425,6 +432,21 @@ def test_a_killed_worker_is_replaced():
 
 
 @posix
+def test_a_question_whose_worker_was_killed_is_asked_again(monkeypatch):
+    ask, killed = _worker_pool._Worker.ask, []
+
+    def ask_and_be_killed_once(worker, question):
+        if not killed:
+            killed.append(os.kill(worker.process.pid, signal.SIGKILL))
+        return ask(worker, question)
+
+    monkeypatch.setattr(_worker_pool._Worker, "ask", ask_and_be_killed_once)
+    with MathVerifier(timeout=20.0, num_workers=1) as verifier:
+        assert judge(verifier, r"\sqrt{8}", r"2\sqrt{2}") == 1.0
+    assert killed
+
+
+@posix
 def test_a_worker_that_always_dies_is_not_judged(monkeypatch):
     """Killed in the middle of each of the two attempts, a question gets None instead of a wrong 0 or a hang."""
     ask = _worker_pool._Worker.ask
@@ -462,8 +484,8 @@ def test_unparsable_gold_answers_are_reported_once_and_counted(caplog):
         assert verifier(None, ["#### 1", "#### 2"], ["1", "???"]) == [1.0, None]
         verifier(None, ["#### 1", "#### 2"], ["!!!", "???"])
     assert [record.getMessage() for record in caplog.records] == [
-        "math_reward returns None for 1 of 2 completions, the first at index 1 (gold answer '???', stated '2'): the gold "
-        "answer cannot be parsed; correct it or drop the row. Said once; the verifier's `counts` has the totals, "
+        "math_reward returns None for 1 of 2 completions, the first at index 1 (gold answer '???', stated '2'): the "
+        "gold answer cannot be parsed; correct it or drop the row. Said once; the verifier's `counts` has totals, "
         "`check_answers` finds bad gold answers."
     ]
     assert verifier.counts == {"equal": 1, "unparsable_gold": 3}
@@ -508,6 +530,39 @@ def test_what_trl_passes_is_accepted():
     )
     assert rewards == [1.0, 0.0] and all(isinstance(reward, float) for reward in rewards)
     assert extra == {"extracted_answer": ["72", ""]}
+
+
+def test_a_grpo_trainer_takes_it(tmp_path):
+    """One step of a tiny model, which cannot but state no answer: the reward arrives under its name."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    characters = Tokenizer(models.WordLevel({char: i for i, char in enumerate("_$012+=")}, unk_token="_"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="_", eos_token="$", padding_side="left")
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    trainer = GRPOTrainer(
+        model=Qwen2ForCausalLM(Qwen2Config(vocab_size=7, num_hidden_layers=1, **shape)),
+        reward_funcs=math_reward,
+        args=GRPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=2,
+            num_generations=2,
+            max_completion_length=4,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "1+1=", "answer": "2"}] * 2),
+        processing_class=tokenizer,
+    )
+    before = default_verifier.counts["no_answer"]
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/math_reward/mean"] == 0.0
+    assert default_verifier.counts["no_answer"] == before + 2
 
 
 @pytest.mark.parametrize("reward", [math_reward, MathVerifier()])
@@ -557,9 +612,7 @@ def _run_script(tmp_path: Path, script: str) -> subprocess.Popen:
     """A script without a `__main__` guard, in a folder where a `math.py` lies about."""
     (tmp_path / "math.py").write_text("raise ImportError('this is not the math module')")
     (tmp_path / "script.py").write_text("import sys; sys.path.pop(0)\n" + textwrap.dedent(script))
-    paths = os.pathsep.join(
-        filter(None, [str(Path(__file__).resolve().parents[1] / "src"), os.environ.get("PYTHONPATH")])
-    )
+    paths = [str(Path(__file__).resolve().parents[1] / "src"), os.environ.get("PYTHONPATH")]
     return subprocess.Popen(
         [sys.executable, str(tmp_path / "script.py")],
         stdout=subprocess.PIPE,

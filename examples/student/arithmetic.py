@@ -15,12 +15,12 @@ A solution writes one line per operation and closes with the answer, as GSM8K's 
 
 Why this task suits a demonstration of step values:
 
-- `demonstration` errs as pupils do. When a subtraction goes below zero, it usually takes the smaller digit from the larger
-  one (`4 - 7 = 3`, the "smaller-from-larger" bug of Brown and Burton, 1978) instead of borrowing a ten (`4 - 7 = 7`). On
-  top come random slips. A model that imitates these demonstrations is wrong in greedy decoding too, so there is something
-  to learn beyond sharpening the distribution.
-- `max` and `min` absorb some errors and two errors can cancel out. A wrong line therefore lowers the chance of a correct
-  answer without deciding it: outcome labels are noisy, and the value of a step is a quantity worth estimating.
+- `demonstration` errs as pupils do. When a subtraction goes below zero, it usually takes the smaller digit from the
+  larger one (`4 - 7 = 3`, the "smaller-from-larger" bug of Brown and Burton, 1978) instead of borrowing a ten
+  (`4 - 7 = 7`). On top come random slips. A model that imitates these demonstrations is wrong in greedy decoding too,
+  so there is something to learn beyond sharpening the distribution.
+- `max` and `min` absorb some errors and two errors can cancel out. A wrong line therefore lowers the chance of a
+  correct answer without deciding it: outcome labels are noisy, and a step's value is a quantity worth estimating.
 - Every prompt and every solution has the same number of tokens, so small CPU runs waste nothing on padding.
 
 Pure Python; all randomness comes from the `random.Random` that the caller seeds.
@@ -28,6 +28,7 @@ Pure Python; all randomness comes from the `random.Random` that the caller seeds
 
 import hashlib
 import random
+
 
 N_OPERATIONS = 5
 
@@ -64,14 +65,15 @@ def make_problems(split: str, n: int, seed: int) -> list[dict[str, str]]:
             Seed of the draw. The same arguments always give the same problems.
 
     Returns:
-        `list[dict[str, str]]`: rows with the columns `prompt` (ends in a newline), `answer` (the digit) and `problem_id`
-        (a hash of the prompt, equal for equal problems).
+        `list[dict[str, str]]`: rows with the columns `prompt` (ends in a newline), `answer` (the digit) and
+        `problem_id` (a hash of the prompt, equal for equal problems).
 
     Example:
 
     ```python
     >>> make_problems("train", 1, seed=0)[0].keys()
     dict_keys(['prompt', 'answer', 'problem_id'])
+
     ```
     """
     if split not in SPLITS:
@@ -98,6 +100,7 @@ def parse_prompt(prompt: str) -> tuple[int, list[tuple[str, int]]]:
     ```python
     >>> parse_prompt("4 - 7 max 2\\n")
     (4, [('-', 7), ('max', 2)])
+
     ```
     """
     first, *rest = prompt.split()
@@ -128,6 +131,7 @@ def correct_solution(problem: dict[str, str]) -> str:
     4 - 7 = 7
     7 max 2 = 7
     #### 7
+
     ```
     """
     return demonstration(problem, random.Random(0), misconception_rate=0.0, slip_rate=0.0)
@@ -182,6 +186,7 @@ def proofread(problem: dict[str, str], solution: str) -> list[bool]:
     [False, False, False]
     >>> proofread({"prompt": "4 - 7 max 2\\n"}, "4 - 7 = 7\\n7 max 2 = 2\\n#### 2")
     [True, False, False]
+
     ```
     """
     expected = correct_solution(problem).splitlines()

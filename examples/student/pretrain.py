@@ -3,12 +3,12 @@
 The student learns two things from generated text (see `arithmetic.py`):
 
 - to *solve*: the next token of demonstrations that carry a misconception and random slips;
-- to *proofread*: after a `<proofread>` token at the very start, each newline of a solution is labelled `<right>` as long
-  as all lines so far are right, and `<wrong>` from the first error on.
+- to *proofread*: behind a `<proofread>` token at the very start, each newline of a solution is labelled `<right>` as
+  long as all lines so far are right, and `<wrong>` from the first error on.
 
-Proofreading stands for what a large model knows from pretraining: a step-critic that starts from the student can then find
-"is this right?" in the hidden state at the end of a step. Ordinary prompts have no `<proofread>` token, so they get
-ordinary solutions.
+Proofreading stands for what a large model knows from pretraining: a step-critic that starts from the student can then
+find "is this right?" in the hidden state at the end of a step. Ordinary prompts have no `<proofread>` token, so they
+get ordinary solutions.
 
 Everything follows from `--seed`. On one CPU core the default settings take about ten minutes.
 """
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from arithmetic import demonstration, is_correct, make_problems, proofread
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 
 # Proofread solutions have more slips than demonstrations, so that right and wrong lines are about as frequent.
 PROOFREAD_SLIP_RATE = 0.15
@@ -51,6 +52,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         padding_side="left",
         model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
@@ -112,7 +114,7 @@ def proofreading_batch(problems, rng, tokenizer) -> tuple[torch.Tensor, torch.Te
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> None:
-    """Train on `args.steps` batches, each with solving and proofreading sequences of fresh problems."""
+    """Train on `args.steps` batches of solving and proofreading sequences, with new demonstrations each time."""
     rng = random.Random(args.seed)
     problems = make_problems("pretrain", args.n_problems, seed=args.seed)
     n_proofreading = round(args.batch_size * args.proofreading_share)
@@ -176,7 +178,7 @@ def accuracy(model, tokenizer, problems, do_sample: bool, seed: int) -> tuple[fl
     """
     model.eval()
     torch.manual_seed(seed)
-    inputs = tokenizer([problem["prompt"] for problem in problems], return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer([problem["prompt"] for problem in problems], return_tensors="pt")
     output_ids = model.generate(**inputs, do_sample=do_sample)
     solutions = tokenizer.batch_decode(output_ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     mean = sum(is_correct(p, s) for p, s in zip(problems, solutions, strict=True)) / len(problems)

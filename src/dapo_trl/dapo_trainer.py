@@ -5,6 +5,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from dapo_trl.cards import PAPER, POLICY_TEMPLATE, save_model_card
 from dapo_trl.collators import DataCollatorForStepPolicy
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.losses import dapo_loss
-from dapo_trl.metrics import RatioMetrics
+from dapo_trl.metrics import RatioMetrics, gather_uneven
 from dapo_trl.modeling import add_adapter, load_policy, load_tokenizer
 from dapo_trl.preprocessing import prepare_policy_dataset
 
@@ -257,6 +258,8 @@ class DAPOTrainer(_BaseTrainer):
             }
         elif self.eval_dataset is not None:
             self.eval_dataset = self._precompute(self.eval_dataset, eval_batch_size, "eval", engine)
+        # accelerate keeps every model it has prepared
+        self.accelerator._models = [model for model in self.accelerator._models if model is not self.ref_model]
         self.ref_model = None
 
     def _precompute(
@@ -372,6 +375,11 @@ class DAPOTrainer(_BaseTrainer):
         self._num_tokens += int(self.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum"))
 
     # ---- Trainer hooks ----
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loop of `Trainer`, which sets its gathering back to the default at its end."""
+        self.gather_function = partial(gather_uneven, self.accelerator)
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,

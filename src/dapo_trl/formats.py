@@ -258,6 +258,8 @@ def _check_state(row: Mapping[str, Any]) -> int:
     _check_steps(row["prefix"], "prefix", at_least=0)
     _check_steps(candidates, "candidates", at_least=1)
     # the same words may both end the solution and go on: these are two actions
+    if row.get("rewards") is not None:
+        _check_rewards(row["rewards"], len(candidates), f"one for each of the {len(candidates)} candidates")
     ends = [reward is not None for reward in row.get("rewards") or [None] * len(candidates)]
     actions = list(zip(candidates, ends, strict=False))
     if len(set(actions)) < len(actions):
@@ -273,8 +275,6 @@ def _check_state(row: Mapping[str, Any]) -> int:
         _check_numbers(row.get("values"), "values", len(candidates), each)
     if row.get("advantages") is None or row.get("counts") is not None:
         _check_counts(row.get("counts"), "counts", len(candidates), each, at_least=1)
-    if row.get("rewards") is not None:
-        _check_rewards(row["rewards"], len(candidates), each)
     _check_ids(row, "prefix", len(row["prefix"]))
     _check_ids(row, "candidates", len(candidates))
     return len(candidates)

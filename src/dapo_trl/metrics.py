@@ -3,9 +3,11 @@ Metrics that are right however the data is split over micro-batches and processe
 """
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.operations import recursively_apply
 
 
 class RatioMetrics:
@@ -45,3 +47,30 @@ class RatioMetrics:
         names = list(self._sums)
         self._sums.clear()
         return {name: top / bottom for name, (top, bottom) in zip(names, totals, strict=True) if bottom}
+
+
+def gather_uneven(accelerator: Accelerator, tensors: Any) -> Any:
+    """
+    Gather tensors whose first dimension differs between processes: rows hold different numbers of pairs and states.
+
+    `Accelerator.gather_for_metrics` takes the first dimension of the last batch for its number of rows and cuts off the
+    rest.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator.
+        tensors (`torch.Tensor` or a list, tuple or dict of them):
+            This process's part.
+
+    Returns:
+        The parts of all processes, concatenated along the first dimension.
+    """
+    if accelerator.num_processes == 1:
+        return tensors
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        sizes = accelerator.gather(torch.tensor([len(tensor)], device=accelerator.device)).tolist()
+        parts = accelerator.gather(accelerator.pad_across_processes(tensor, dim=0)).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    return recursively_apply(gather, tensors)

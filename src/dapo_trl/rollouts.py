@@ -171,7 +171,7 @@ def select_balanced(solutions: Sequence[Any], num_kept: int, rng: random.Random)
     Returns:
         `list`: at most `num_kept` of them. If one side has too few, the other fills up.
     """
-    unique = list({solution.steps: solution for solution in solutions}.values())
+    unique = list({solution.steps: solution for solution in solutions if solution.steps}.values())
     rng.shuffle(unique)
     correct = [solution for solution in unique if solution.reward >= 0.5]
     wrong = [solution for solution in unique if solution.reward < 0.5]
@@ -233,7 +233,11 @@ class _Sampler:
         if reward is None and not truncated:
             self.report["not_judged"] += 1
             return None
-        steps_ids, steps = self._split(completion.ids)
+        if not completion.text:
+            self.report["empty"] += 1  # ended at once: there is no step that a row could hold
+            steps_ids, steps = [], ()
+        else:
+            steps_ids, steps = self._split(completion.ids)
         return _Rollout(steps_ids, steps, 0.0 if truncated or reward is None else float(reward), truncated)
 
     def _split(self, ids: tuple[int, ...]) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
@@ -255,7 +259,7 @@ def _check_problems(problems: Dataset) -> None:
 
 def _with_signal(trees: list[_Tree], config: RolloutConfig, report: Counter[str]) -> list[_Tree]:
     """Leave out problems without any solution that could be judged and, if asked to, those with only one outcome."""
-    judged = [tree for tree in trees if tree.solutions]
+    judged = [tree for tree in trees if any(solution.steps for solution in tree.solutions)]
     report["problems_not_judged"] = len(trees) - len(judged)
     for name, reward in (("problems_all_correct", 1.0), ("problems_all_wrong", 0.0)):
         report[name] = sum(all(solution.reward == reward for solution in tree.solutions) for tree in judged)

@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from dapo_trl.collators import DataCollatorForStepCritic
 from dapo_trl.diagnostics import critic_metrics
 from dapo_trl.formats import check_dataset
 from dapo_trl.losses import critic_loss, critic_weights
+from dapo_trl.metrics import gather_uneven
 from dapo_trl.modeling import add_adapter, load_critic, load_tokenizer
 from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset, tokenize_row
 from dapo_trl.step_critic_config import StepCriticConfig
@@ -281,6 +283,11 @@ class StepCriticTrainer(_BaseTrainer):
         return (loss, {"logits": logits.detach()}) if return_outputs else loss
 
     # ---- Trainer hooks ----
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loop of `Trainer`, which sets its gathering back to the default at its end."""
+        self.gather_function = partial(gather_uneven, self.accelerator)
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,

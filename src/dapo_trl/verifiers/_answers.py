@@ -52,7 +52,17 @@ _CHARACTERS = str.maketrans(
     {"−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "＋": "+", "％": "%", "，": ",", "．": ".", "\u00a0": " "}
     | {"\u202f": " ", "\u2009": " ", "’": "'", "×": "\\times ", "·": "\\cdot ", "÷": "/", "⁄": "/", "π": "\\pi "}
     | {"∞": "\\infty ", "∅": "\\emptyset ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "≤": "\\le ", "≥": "\\ge "}
-    | {"≠": "\\ne ", "±": "\\pm ", "°": "^\\circ ", "²": "^2", "³": "^3", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
+    | {
+        "≠": "\\ne ",
+        "≈": "\\approx ",
+        "±": "\\pm ",
+        "°": "^\\circ ",
+        "²": "^2",
+        "³": "^3",
+        "½": " 1/2",
+        "¼": " 1/4",
+        "¾": " 3/4",
+    }
     | {"⅓": " 1/3", "⅔": " 2/3", "€": "", "£": "", "¥": "", "₹": ""}
 )
 _CLEANING = [
@@ -65,6 +75,7 @@ _CLEANING = [
     (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
 ]
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
+_ABOUT = re.compile(r"^\s*(?:\\approx(?![a-zA-Z])|(?:approximately|about|roughly|exactly)\s)\s*", re.IGNORECASE)
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])")
 _TRIM = " \t\r\n*`\"'"
 
@@ -82,6 +93,7 @@ _DECIMAL = re.compile(
          (?:[eE](?P<e>[+-]?\d{{1,3}})(?![\d.])|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{\s*(?P<ten>-?\d{{1,3}})\s*\}}|(?P<ten1>\d)))?""",
     re.VERBOSE,
 )
+_REPEATING = re.compile(r"(?P<sign>[+-]?)\s*(?P<digits>\d*\.(?P<decimals>\d*))\\overline\s*\{\s*(?P<period>\d+)\s*\}")
 
 _PERCENT = re.compile(r"\s*(?:%|percent(?:age)?\b|pct\b)", re.IGNORECASE)
 _MAGNITUDE = re.compile(r"\s*(hundred|thousand|million|billion|trillion)\b", re.IGNORECASE)
@@ -90,7 +102,7 @@ _POWER = re.compile(r"\^\s*(?:\{\s*-?\d\s*\}|-?\d)")
 _BETWEEN_UNITS = re.compile(r"[\s/\-'()*]+")
 _SHORT_UNITS = frozenset(
     "mm cm dm km m mi ft in yd nm g kg mg lb oz t l ml dl cl s h hr ms am pm mph kmh hz w kw j kj n v k c f gb mb kb "
-    "tb sq cu".split()
+    "tb sq cu of".split()
 )
 # Words after a number that make it another number: "5 and a half", "3 to the power of".
 _NOT_UNITS = frozenset(
@@ -115,6 +127,7 @@ _LATEX = [
     (re.compile(r"(?<![\\a-zA-Z])(pi|sqrt|theta|alpha|beta|lambda|phi)(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"(?<![\\a-zA-Z])(?:infinity|inf)(?![a-zA-Z])", re.IGNORECASE), r"\\infty "),
     (re.compile(r"\\text\s*\{\s*(?:and|or)\s*\}|(?<![\\a-zA-Z])(?:,\s*)?(?:and|or)(?![a-zA-Z])"), ","),
+    (re.compile(r"(?<=\d) to (?=\d)"), ":"),
     (re.compile(r"\*\*"), "^"),
 ]
 
@@ -196,18 +209,23 @@ def _clean(text: str) -> str:
     if "\\" in text or "$" in text or "~" in text or "{,}" in text:
         for pattern, replacement in _CLEANING:
             text = pattern.sub(replacement, text)
-    return text.strip(_TRIM).rstrip(".,;:").strip(_TRIM)
+    return _ABOUT.sub("", text.strip(_TRIM).rstrip(".,;:").strip(_TRIM))
 
 
 def _read_number(plain: str) -> tuple[Fraction, Fraction] | None:
     """Value and scale of a number with or without a unit; None for everything else."""
-    match = _FRACTION.match(plain)
-    value = _fraction(match) if match else None
-    if match is None:
-        match = _DECIMAL.match(plain)
-        value = _decimal(match) if match else None
-    scale = _scale(plain[match.end() :]) if match and value is not None else None
-    return None if value is None or scale is None else (value, scale)
+    for pattern, read in ((_REPEATING, _repeating), (_FRACTION, _fraction), (_DECIMAL, _decimal)):
+        if match := pattern.match(plain):
+            value, scale = read(match), _scale(plain[match.end() :])
+            return None if value is None or scale is None else (value, scale)
+    return None
+
+
+def _repeating(match: re.Match[str]) -> Fraction:
+    """0.1666... as 0.1\\overline{6}: 0.1 + 6/9 of its last decimal."""
+    period = Fraction(int(match["period"]), 10 ** len(match["period"]) - 1)
+    value = Fraction("0" + match["digits"] + "0") + period / 10 ** len(match["decimals"])
+    return -value if match["sign"] == "-" else value
 
 
 def _fraction(match: re.Match[str]) -> Fraction | None:

@@ -146,7 +146,7 @@ class MathVerifier:
             row = verdicts.index(kind)
             logger.warning(
                 "math_reward returns None for %d of %d completions, the first at index %d (gold answer %.200r, stated "
-                "%.200r): %s. Said once; the verifier's `counts` has the totals, `check_answers` finds bad gold answers.",
+                "%.200r): %s. Said once; the verifier's `counts` has totals, `check_answers` finds bad gold answers.",
                 verdicts.count(kind), len(verdicts), row, golds[row], stated[row], _NOT_JUDGED[kind],
             )  # fmt: skip
 

@@ -1,0 +1,127 @@
+"""
+What the tests share: tiny models and a tokenizer built in memory, rows made by hand or at random, and where data lie.
+"""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network, and none may wait for one
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STUDENT = REPOSITORY / "examples" / "student"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = None, **special_tokens: str | None):
+    """A byte-level tokenizer without merges: any text goes in and comes out unchanged."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>"} | special_tokens
+    tokens = {name: token for name, token in tokens.items() if token is not None}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tiny_config(architecture: str = "llama", **kwargs):
+    """Configuration of a tiny model for the tests' tokenizer."""
+    from transformers import GPTNeoXConfig, LlamaConfig, Qwen2Config
+
+    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gpt_neox": GPTNeoXConfig}[architecture]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if architecture != "gpt_neox":
+        sizes["num_key_value_heads"] = 1
+    defaults = {"vocab_size": 258, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 1}
+    return config_class(**(sizes | defaults | {"pad_token_id": 0} | kwargs))
+
+
+def make_policy(architecture: str = "llama", seed: int = 0, **kwargs):
+    """A tiny causal language model with random weights, far enough from uniform to be a good test."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, initializer_range=0.2, **kwargs))
+    return model.float().eval()
+
+
+def make_critic(architecture: str = "llama", seed: int = 0, **kwargs):
+    """A tiny step critic with random weights."""
+    from transformers import AutoModelForTokenClassification
+
+    torch.manual_seed(seed)
+    config = tiny_config(architecture, initializer_range=0.2, num_labels=1, **kwargs)
+    return AutoModelForTokenClassification.from_config(config).float().eval()
+
+
+def random_state_rows(num_rows: int, seed: int = 0) -> list[dict]:
+    """State rows of random words: prompts, prefixes and numbers of candidates all differ in length."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(num_rows):
+        candidates = {random_step(rng) for _ in range(rng.randint(2, 4))} | {"one more\n"}
+        rows.append(
+            {
+                "prompt": f"{random_step(rng)}?\n",
+                "prefix": [random_step(rng) for _ in range(rng.randint(0, 3))],
+                "candidates": sorted(candidates),
+                "advantages": [rng.uniform(-1, 1) for _ in candidates],
+                "counts": [rng.randint(1, 5) for _ in candidates],
+            }
+        )
+    return rows
+
+
+def random_solution_rows(num_rows: int, seed: int = 0) -> list[dict]:
+    """Solution rows of random words with counts behind their values."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(num_rows):
+        steps = [random_step(rng) for _ in range(rng.randint(1, 4))]
+        rollouts = [rng.randint(1, 16) for _ in range(len(steps) + 1)]
+        successes = [float(rng.randint(0, count)) for count in rollouts]
+        rows.append(
+            {
+                "prompt": f"{random_step(rng)}?\n",
+                "completions": steps,
+                "values": [won / count for won, count in zip(successes, rollouts, strict=True)],
+                "mc_successes": successes,
+                "mc_rollouts": rollouts,
+            }
+        )
+    return rows
+
+
+def random_step(rng: random.Random) -> str:
+    return " ".join(rng.choice(["so", "then", "7", "is", "über", "12", "+", "="]) for _ in range(rng.randint(1, 6))) + "\n"
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """Folder with the public data sets. They stay outside the repository; tests that read them skip where they are absent."""
+    path = Path(os.environ.get("DAPO_TRL_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"the data sets are not at {path}; set DAPO_TRL_DATA to where they are")
+    return path
