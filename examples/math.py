@@ -108,7 +108,7 @@ PAPER = {
     "values": "critic",
 }
 DEMO = PAPER | {
-    "num_train_problems": 500,
+    "num_train_problems": 700,
     "num_test_problems": 1024,
     "num_solutions": 8,
     "num_kept": 4,
@@ -116,8 +116,8 @@ DEMO = PAPER | {
     "max_new_tokens": 64,
     "generation_batch_size": 512,
     "critic_learning_rate": 5e-4,
-    "critic_epochs": 5.0,
-    "critic_warmup_steps": 25,
+    "critic_epochs": 6.0,
+    "critic_warmup_steps": 40,
     "critic_batch_size": 32,
     "critic_accumulation_steps": 1,
     "beta": 0.1,
@@ -152,7 +152,7 @@ class MathArguments:
         default="Question: {question}\nAnswer, step by step, one step a line, and end with '#### <result>'.\n",
         metadata={"help": "How a question is put, for models without a chat template too."},
     )
-    num_train_problems: int | None = field(default=None, metadata={"help": "Problems to train on. Demo: 500."})
+    num_train_problems: int | None = field(default=None, metadata={"help": "Problems to train on. Demo: 700."})
     num_test_problems: int | None = field(default=None, metadata={"help": "Problems to evaluate on. Demo: 1024."})
     num_solutions: int | None = field(default=None, metadata={"help": "Solutions per problem. Paper: 32."})
     num_kept: int | None = field(default=None, metadata={"help": "Solutions kept per problem. Paper: 6."})

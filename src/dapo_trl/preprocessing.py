@@ -212,7 +212,7 @@ def prepare_policy_dataset(
     if row_format == "stepwise":
         raise ValueError(
             f"`{name}_dataset` has TRL's stepwise format, whose labels judge steps but not states. Convert it with "
-            "`dapo_trl.formats.from_stepwise`, or train a step critic and use its values."
+            "`dapo_trl.readers.from_stepwise`, or train a step critic and use its values."
         )
     if row_format == "preference":
         logger.warning(

@@ -118,7 +118,7 @@ class TransformersEngine:
         # explicit neutral setting still costs time in every step.
         declared = self.model.generation_config
         neutral = {name: value for name, value in _NEUTRAL.items() if getattr(declared, name, None) is not None}
-        warpers = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        warpers = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # greedy: not used, and what raises no warning
         if sampling.temperature > 0:
             warpers = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         return GenerationConfig(

@@ -1,0 +1,269 @@
+"""
+`rollouts.py`: what is sampled from where, what is kept, and the values that follow, on scripted completions.
+"""
+
+import random
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+from conftest import STUDENT, make_tokenizer
+from datasets import Dataset
+
+from dapo_trl import check_dataset, collect_rollouts, math_reward, split_steps
+from dapo_trl.engines import Completion, SamplingConfig
+from dapo_trl.rollouts import RolloutConfig, select_balanced
+
+
+EOS = 1
+
+
+class ScriptedEngine:
+    """Gives each prefix the completions written down for it, over and over; `~` stands for a cut at the length limit."""
+
+    name = "script"
+
+    def __init__(self, script: dict[str, list[str]]):
+        self.tokenizer = make_tokenizer()
+        self.script = script
+        self.requests: list[str] = []
+
+    def generate(self, prefixes, n, sampling, seed, desc=""):
+        completions = []
+        for prefix in prefixes:
+            text = self.tokenizer.decode(prefix)
+            self.requests.append(text)
+            completions.append([self.completion(self.script[text][i % len(self.script[text])]) for i in range(n)])
+        return completions
+
+    def completion(self, text: str) -> Completion:
+        cut = text.endswith("~")
+        text = text.removesuffix("~")
+        ids = self.tokenizer(text).input_ids + ([] if cut else [EOS])
+        return Completion(tuple(ids), text, "length" if cut else "stop")
+
+
+def reward(prompts, completions, answer, **kwargs):
+    """1 if the text ends with the answer, 0 if not, None if it says that nobody can know."""
+    return [
+        None if "?" in text else float(text.endswith(right)) for text, right in zip(completions, answer, strict=True)
+    ]
+
+
+def problem(**columns):
+    return Dataset.from_list([{"prompt": "p\n", "answer": "1", "problem_id": "one"} | columns])
+
+
+def test_values_by_hand():
+    """One problem, two solutions, two completions from each of their three states.
+
+    Solutions: "a\\n1" (right) and "a\\n0" (wrong), so the states are the prompt and "a\\n", which both share: estimated once.
+    Completions of the prompt: "a\\n1" (right) and "b\\n0" (wrong). Of "a\\n": "1" (right) and "0" (wrong).
+    V(prompt) = (2 completions + 2 solutions, 1 + 1 right) = 2/4.
+    V("a\\n") = (2 completions + 1 that passed through it, 1 + 1 right) = 2/3. The solutions do not count: they were kept for
+    their outcomes.
+    """
+    script = {"p\n": ["a\n1", "a\n0"], "p\na\n": ["1", "0"]}
+    engine = ScriptedEngine(script)
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)
+    original = engine.generate
+
+    def generate(prefixes, n, sampling, seed, desc=""):
+        if engine.requests:
+            engine.script = {**script, "p\n": ["a\n1", "b\n0"]}
+        return original(prefixes, n, sampling, seed, desc)
+
+    engine.generate = generate
+    rollouts = collect_rollouts(problem(), engine, reward, config)
+    assert sorted(engine.requests) == ["p\n", "p\n", "p\na\n"]
+    by_outcome = {row["reward"]: row for row in rollouts.solutions}
+    assert by_outcome[1.0]["completions"] == ["a\n", "1"]
+    assert by_outcome[1.0]["values"] == pytest.approx([2 / 4, 2 / 3, 1.0])
+    assert by_outcome[1.0]["mc_successes"] == [2, 2, 1]
+    assert by_outcome[1.0]["mc_rollouts"] == [4, 3, 1]
+    assert by_outcome[0.0]["values"] == pytest.approx([2 / 4, 2 / 3, 0.0])
+    states = {"".join(row["prefix"]): row for row in rollouts.states}
+    assert states[""]["candidates"] == ["a\n", "b\n"]
+    assert states[""]["values"] == pytest.approx([2 / 3, 0.0])
+    assert states[""]["counts"] == [1, 1]
+    assert states[""]["rewards"] == [None, None]
+    assert states["a\n"]["candidates"] == ["1", "0"]
+    assert states["a\n"]["values"] == [1.0, 0.0]
+    assert states["a\n"]["rewards"] == [1.0, 0.0]
+    assert [ids[-1] == EOS for ids in states["a\n"]["candidates_ids"]] == [True, True]
+    report = rollouts.report
+    assert (report["solutions"], report["completions"], report["states"], report["pairs"]) == (2, 4, 2, 4)
+    assert report["tokens_generated"] == 2 * 4 + 2 * 4 + 2 * 2
+
+
+def test_rows_pass_the_check():
+    script = {"p\n": ["a\n1", "a\n0", "b\n\nc\n1"], "p\na\n": ["1", "0"], "p\nb\n\n": ["c\n1", "0"]}
+    script["p\nb\n\nc\n"] = ["1", "0"]
+    config = RolloutConfig(num_solutions=3, num_kept=3, num_completions=2)
+    rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, config)
+    assert check_dataset(rollouts.solutions).format == "solution"
+    assert check_dataset(rollouts.states).format == "state"
+    for row in rollouts.solutions:
+        text = "".join(row["completions"])
+        assert split_steps(text) == row["completions"]
+        assert [step for ids in row["completions_ids"] for step in ids] == [*make_tokenizer()(text).input_ids, EOS]
+
+
+def test_truncated_counts_as_wrong():
+    """A completion cut at the length limit counts as wrong even if it ends in the answer; its last step is no candidate."""
+    script = {"p\n": ["a\n1", "a\n0"], "p\na\n": ["1~", "0"]}
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)
+    rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, config)
+    solution = next(row for row in rollouts.solutions if row["reward"] == 1.0)
+    assert solution["mc_successes"][1] == 1.0  # only the completion of the prompt that passed through
+    assert rollouts.report["truncated"] == 1
+    assert rollouts.report["candidates_cut_off"] == 1
+    assert [row["prefix"] for row in rollouts.states] == []  # both states are left with a single candidate
+    assert rollouts.report["states_with_one_candidate"] == 2
+
+
+def test_a_truncated_solution_keeps_its_states():
+    script = {"p\n": ["a\n1", "b\nno end~"], "p\na\n": ["1", "0"], "p\nb\n": ["1", "0"]}
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)
+    rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, config)
+    row = next(row for row in rollouts.solutions if row["truncated"])
+    assert row["completions"] == ["b\n", "no end"]
+    assert row["values"][-1] == 0.0
+    assert row["completions_ids"][-1][-1] != EOS
+
+
+def test_what_cannot_be_judged_counts_not_at_all():
+    script = {"p\n": ["a\n1", "a\n0", "?"], "p\na\n": ["1", "?"]}
+    config = RolloutConfig(num_solutions=3, num_kept=3, num_completions=2)
+    rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, config)
+    assert rollouts.report["solutions"] == 2
+    assert rollouts.report["not_judged"] == 2
+    row = rollouts.solutions[0]
+    assert row["mc_rollouts"][:2] == [4, 3]  # the prompt: 2 completions + 2 solutions; "a": 1 completion + 2 passing
+
+
+def test_a_state_without_outcome_drops_its_solution():
+    script = {"p\n": ["b\n1", "c\n0"], "p\nb\n": ["?"], "p\nc\n": ["1", "0"]}
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)
+    engine = ScriptedEngine(script)
+    original = engine.generate
+
+    def generate(prefixes, n, sampling, seed, desc=""):
+        if engine.requests:
+            engine.script = {**script, "p\n": ["c\n0"]}
+        return original(prefixes, n, sampling, seed, desc)
+
+    engine.generate = generate
+    rollouts = collect_rollouts(problem(), engine, reward, config)
+    assert [row["completions"] for row in rollouts.solutions] == [["c\n", "0"]]
+    assert rollouts.report["solutions_without_value"] == 1
+
+
+def test_same_words_ending_or_going_on_are_two_actions():
+    """The step "1\\n" once ends the solution (right) and once goes on (wrong): two candidates, told apart by `rewards`."""
+    script = {"p\n": ["1\n", "1\n0"], "p\n1\n": ["0", "1"]}
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)
+    rollouts = collect_rollouts(
+        problem(answer="1\n"), ScriptedEngine(script), reward, config
+    )
+    row = next(row for row in rollouts.states if not row["prefix"])
+    assert row["candidates"] == ["1\n", "1\n"]
+    assert row["rewards"] == [1.0, None]
+    assert check_dataset(rollouts.states).num_rows == len(rollouts.states)
+
+
+def test_empty_completions_are_counted():
+    script = {"p\n": ["a\n1", "a\n0", ""], "p\na\n": ["1", "", "0"]}
+    config = RolloutConfig(num_solutions=3, num_kept=3, num_completions=3)
+    rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, config)
+    assert rollouts.report["empty"] == 3
+    assert all(row["candidates"] == ["1", "0"] for row in rollouts.states if row["prefix"])
+    assert rollouts.solutions[0]["mc_rollouts"][0] == 6  # an end without a word is an outcome too
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_problems_without_signal(skip):
+    """All right or all wrong: skipped and counted by default, so that no completion is spent on them."""
+    script = {"p\n": ["1"], "q\n": ["0"], "r\n": ["1", "0"]}
+    problems = Dataset.from_list([{"prompt": f"{name}\n", "answer": "1", "problem_id": name} for name in "pqr"])
+    engine = ScriptedEngine(script)
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2, skip_uniform=skip)
+    report = collect_rollouts(problems, engine, reward, config).report
+    assert (report["problems_all_correct"], report["problems_all_wrong"]) == (1, 1)
+    assert engine.requests.count("p\n") == (1 if skip else 2)
+    assert engine.requests.count("r\n") == 2
+
+
+def solution(text: str, right: bool) -> SimpleNamespace:
+    return SimpleNamespace(steps=(text,), reward=float(right))
+
+
+@pytest.mark.parametrize(
+    ("num_right", "num_wrong", "expected"),
+    [(10, 10, (3, 3)), (1, 10, (1, 5)), (10, 1, (5, 1)), (0, 10, (0, 6)), (2, 2, (2, 2)), (10, 0, (6, 0))],
+)
+def test_balance(num_right, num_wrong, expected):
+    """Six kept: half and half where possible, the rest from the side that has more."""
+    solutions = [solution(f"r{i}", True) for i in range(num_right)] + [solution(f"w{i}", False) for i in range(num_wrong)]
+    kept = select_balanced(solutions * 2, 6, random.Random(0))
+    assert (sum(s.reward for s in kept), sum(1 - s.reward for s in kept)) == expected
+    assert len({s.steps for s in kept}) == len(kept)
+
+
+def test_choice_does_not_favour_the_first():
+    """Every right solution has the same chance to be kept."""
+    solutions = [solution(f"r{i}", True) for i in range(4)]
+    chosen = defaultdict(int)
+    for seed in range(2000):
+        chosen[select_balanced(solutions, 1, random.Random(seed))[0].steps] += 1
+    assert all(400 < count < 600 for count in chosen.values())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_solutions": 0}, "`num_solutions` must be at least 1"),
+        ({"num_kept": 40}, "Cannot keep 40 of 32 solutions"),
+        ({"num_completions": 1}, "`num_completions` must be at least 2"),
+        ({"sampling": {"max_new_tokens": 0}}, "`max_new_tokens` must be at least 1"),
+        ({"sampling": {"temperature": -1.0}}, "`temperature` must be 0"),
+        ({"sampling": {"top_p": 0.0}}, "`top_p` must lie in"),
+        ({"sampling": {"top_k": -1}}, "`top_k` must be 0"),
+    ],
+)
+def test_bad_config(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutConfig(**(kwargs | {"sampling": SamplingConfig(**kwargs["sampling"])} if "sampling" in kwargs else kwargs))
+
+
+def test_bad_problems():
+    engine = ScriptedEngine({})
+    with pytest.raises(ValueError, match="data set of problems is empty"):
+        collect_rollouts(Dataset.from_list([]), engine, reward)
+    with pytest.raises(ValueError, match="need a column `prompt`, found only"):
+        collect_rollouts(Dataset.from_list([{"question": "1+1", "answer": "2"}]), engine, reward)
+
+
+def test_same_seed_same_rows():
+    """With the real engine and verifier, the same seed gives the same rows, another seed others."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dapo_trl import TransformersEngine
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(STUDENT), AutoTokenizer.from_pretrained(STUDENT)
+    engine = TransformersEngine(model, tokenizer, batch_size=64)
+    problems = Dataset.from_list(
+        [{"prompt": "4 - 7 + 8 max 2 min 9 - 1\n", "answer": "4"}, {"prompt": "3 - 9 - 1 + 2 max 4 - 6\n", "answer": "9"}]
+    )
+
+    def sample(seed):
+        sampling = SamplingConfig(max_new_tokens=64)
+        config = RolloutConfig(num_solutions=8, num_kept=4, num_completions=4, sampling=sampling, seed=seed)
+        rollouts = collect_rollouts(problems, engine, math_reward, config)
+        return rollouts.solutions.to_list(), rollouts.states.to_list()
+
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)
+    solutions, _ = sample(0)
+    assert len(solutions) > 0
+    assert all(len(row["completions"]) == 6 for row in solutions)
