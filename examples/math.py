@@ -12,16 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-# This file is called like a module of the standard library. Python puts the folder of a script on the module path, so
-# without the next lines `import math`, anywhere, would find this file.
-import os
-import sys
-
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != HERE]
-
-# ruff: noqa: E402
 """
 Direct Advantage Policy Optimization on mathematics, from problems to a better policy:
 
@@ -42,12 +32,21 @@ All arguments: `python examples/math.py --help`. Numbers that are not given are 
 settings that suit the student for the demo.
 """
 
+# ruff: noqa: E402  (imports below code: see next comment)
+# This file is called like a module of the standard library. Python puts the folder of a script on the module path, so
+# without the next lines `import math`, anywhere, would find this file.
+import os
+import sys
+
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != HERE]
+
 import contextlib
 import dataclasses
 import gc
 import json
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,13 +129,18 @@ DEMO = PAPER | {
     "values": "both",
 }
 
+NO_SIGNAL = (
+    "No problem carries signal: there is no state whose next steps could be compared. Nothing was trained. Use easier "
+    "problems, a stronger model, more solutions per problem, or a larger --max_new_tokens if many were truncated."
+)
+
 console = Console(width=110)
 
 
 @dataclass
 class MathArguments:
     """
-    Arguments of the example, besides TRL's `ModelConfig`. Those without a default are the paper's numbers, or the demo's.
+    Arguments of the example, besides TRL's `ModelConfig`. Those without a default are the paper's, or the demo's.
     """
 
     output_dir: str = field(default="runs/math", metadata={"help": "Where models, data sets, cards and figures go."})
@@ -161,7 +165,7 @@ class MathArguments:
     generation_batch_size: int | None = field(default=None, metadata={"help": "Sequences generated at a time."})
     values: str | None = field(
         default=None,
-        metadata={"help": "Where advantages come from: 'critic' (paper), 'monte_carlo' or 'both', one policy for each."},
+        metadata={"help": "Where advantages come from: 'critic' (paper), 'monte_carlo' or 'both' (two policies)."},
     )
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Backbone of the critic. Default: the policy's model."}
@@ -249,11 +253,15 @@ def main(arguments: MathArguments, model_config: ModelConfig) -> dict[str, Any]:
     with stages("Solutions and completions") as stage:
         rollouts = sample(problems["train"], engine, arguments)
         stage["tokens"] = rollouts.report["tokens_generated"]
-        save_rollouts(rollouts, output_dir)
+    if len(rollouts.states) == 0:
+        print_dropped({"rollouts": rollouts.report})
+        stages.print()
+        raise SystemExit(NO_SIGNAL)
+    save_rollouts(rollouts, output_dir)
     del engine, policy
     free_memory()
 
-    results = {"before": dataclasses.asdict(before), "dropped": {"rollouts": rollouts.report}}
+    results: dict[str, Any] = {"before": dataclasses.asdict(before), "dropped": {"rollouts": rollouts.report}}
     accuracies = {"before": before}
     states = {}
     if arguments.values in ("critic", "both"):
@@ -276,13 +284,14 @@ def main(arguments: MathArguments, model_config: ModelConfig) -> dict[str, Any]:
             engine = TransformersEngine(trainer.model, tokenizer, arguments.generation_batch_size)
             accuracies[source] = after = evaluate(problems["test"], engine, arguments)
             stage["tokens"] = after.tokens
-            results[source] = dataclasses.asdict(after)
+            results[f"policy_{source}"] = dataclasses.asdict(after)
+        results["dropped"][f"accuracy_{source}"] = {"truncated": after.truncated, "not_judged": after.not_judged}
         finish_policy(trainer, before, after)
         del trainer, engine
         free_memory()
 
     print_accuracies(accuracies)
-    print_dropped(results["dropped"], accuracies)
+    print_dropped(results["dropped"])
     stages.print()
     results |= {"stages": stages.rows, "arguments": dataclasses.asdict(arguments)}
     (output_dir / "results.json").write_text(json.dumps(results, indent=2))
@@ -307,9 +316,7 @@ def load_problems(arguments: MathArguments, tokenizer: PreTrainedTokenizerBase) 
     # Seeded, so that a smaller number of problems is a sample of all of them.
     train = first_rows(train.shuffle(seed=arguments.seed), arguments.num_train_problems)
     test = first_rows(test.shuffle(seed=arguments.seed), arguments.num_test_problems)
-    problems = DatasetDict(
-        train=as_problems(train, arguments, tokenizer), test=as_problems(test, arguments, tokenizer)
-    )
+    problems = DatasetDict(train=as_problems(train, arguments, tokenizer), test=as_problems(test, arguments, tokenizer))
     seen = {json.dumps(prompt) for prompt in problems["train"]["prompt"]}
     return DatasetDict(
         train=problems["train"], test=problems["test"].filter(lambda row: json.dumps(row["prompt"]) not in seen)
@@ -397,7 +404,7 @@ def evaluate(problems: Dataset, engine: TransformersEngine, arguments: MathArgum
 
 
 def sample(problems: Dataset, engine: TransformersEngine, arguments: MathArguments) -> Rollouts:
-    """Solutions, completions and their values; stops if there is nothing to learn from."""
+    """Solutions, completions from their states, and the values that follow."""
     config = RolloutConfig(
         num_solutions=arguments.num_solutions,
         num_kept=arguments.num_kept,
@@ -405,15 +412,7 @@ def sample(problems: Dataset, engine: TransformersEngine, arguments: MathArgumen
         sampling=sampling_config(arguments),
         seed=arguments.seed,
     )
-    rollouts = collect_rollouts(problems, engine, math_reward, config)
-    if len(rollouts.states) == 0:
-        report = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in rollouts.report.items())
-        raise SystemExit(
-            f"No problem carries signal: there is no state whose next steps could be compared ({report}). Nothing was "
-            "trained. Use an easier data set, a stronger model, more solutions per problem, or a longer "
-            "`--max_new_tokens` if many were truncated."
-        )
-    return rollouts
+    return collect_rollouts(problems, engine, math_reward, config)
 
 
 def save_rollouts(rollouts: Rollouts, output_dir: Path) -> None:
@@ -447,17 +446,17 @@ def train_critic(
     metrics = trainer.evaluate()
     solutions, states = trainer.predict_values(rollouts.solutions), trainer.predict_values(rollouts.states)
     unseen = states.filter(lambda row: row["problem_id"] in held_out)
-    ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"])
+    ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=0.3)
     metrics |= {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs}
     console.print(
         f"Critic on {len(held_out)} held-out problems: BCE {metrics['eval_bce']:.3f} (best constant "
         f"{metrics['eval_bce_constant']:.3f}), skill {metrics['eval_skill']:.1%}, Brier {metrics['eval_brier']:.3f}, "
         f"calibration error {metrics['eval_calibration_error']:.3f}; orders {ranking:.1%} of {num_pairs:,} pairs of "
-        "sibling steps as their Monte Carlo values do."
+        "sibling steps as their Monte Carlo values do, where these differ by 0.3 or more."
     )
     names = {"eval_bce": "binary cross-entropy", "eval_bce_constant": "best constant's cross-entropy"}
     names |= {"eval_skill": "skill", "eval_brier": "Brier score", "eval_calibration_error": "calibration error"}
-    names |= {"eval_sibling_ranking": "siblings ordered alike"}
+    names |= {"eval_sibling_ranking": "siblings ordered alike (0.3 apart)"}
     save(trainer, {title: {"held-out problems": metrics[name]} for name, title in names.items()})
     return trainer, solutions, add_advantages(states, "critic_values"), metrics
 
@@ -543,23 +542,24 @@ def free_memory() -> None:
 
 def print_accuracies(accuracies: dict[str, Evaluation]) -> None:
     first = accuracies["before"]
-    table = Table("policy", "greedy", f"mean@{first.k}", f"pass@{first.k}", "truncated", "not judged")
+    table = Table("policy", "greedy", f"mean@{first.k}", f"pass@{first.k}")
     table.title = f"Accuracy on {first.num_problems:,} held-out problems, temperature 1, 95% intervals"
     for name, result in accuracies.items():
         label = name if name == "before" else f"after, {name.replace('_', ' ')} values"
-        scores = (result.greedy, result.mean_at_k, result.pass_at_k)
-        table.add_row(label, *map(str, scores), str(result.truncated), str(result.not_judged))
+        table.add_row(label, str(result.greedy), str(result.mean_at_k), str(result.pass_at_k))
     console.print(table)
 
 
-def print_dropped(dropped: dict[str, Any], accuracies: dict[str, Evaluation]) -> None:
-    table = Table("where", "what", "how many", title="What was sampled, kept and left out")
-    for where, report in dropped.items():
-        reports = report if isinstance(next(iter(report.values())), dict) else {"": report}
-        for split, counts in reports.items():
+def print_dropped(dropped: dict[str, Any]) -> None:
+    """Every count of the reports, nested or not, a line each; zeros are left out."""
+    table = Table("stage", "what", "how many", title="What was sampled, kept and left out")
+    for stage, report in dropped.items():
+        nested = isinstance(next(iter(report.values()), 0), dict)
+        for part, counts in report.items() if nested else [("", report)]:
             for what, count in counts.items():
-                table.add_row(f"{where} {split}".strip().replace("_", " "), what.replace("_", " "), f"{count:,}")
-            table.add_section()
+                if count:
+                    table.add_row(f"{stage} {part}".strip().replace("_", " "), what.replace("_", " "), f"{count:,}")
+        table.add_section()
     console.print(table)
 
 
@@ -580,7 +580,9 @@ def draw_values(solutions: Dataset, path: Path) -> None:
             row = next(row for row in rows if (row["reward"] >= 0.5) == bool(outcome))
             states = range(len(row["values"]))
             verdict = "correct" if outcome else "wrong"
-            axis.plot(states, row["critic_values"], color=color, marker="o", label=f"{verdict}, critic")
+            # at the end the method takes the true reward, not the critic's guess
+            critic_values = [*row["critic_values"][:-1], row["reward"]]
+            axis.plot(states, critic_values, color=color, marker="o", label=f"{verdict}, critic")
             axis.plot(states, row["values"], color=color, linestyle=":", marker="x", label=f"{verdict}, Monte Carlo")
         axis.set_xlabel("steps taken")
         axis.set_ylim(-0.03, 1.03)
@@ -598,5 +600,4 @@ def draw_values(solutions: Dataset, path: Path) -> None:
 
 if __name__ == "__main__":
     parser = TrlParser((MathArguments, ModelConfig))
-    with warnings.catch_warnings():
-        main(*parser.parse_args_and_config())
+    main(*parser.parse_args_and_config())

@@ -110,7 +110,9 @@ def random_solution_rows(num_rows: int, seed: int = 0) -> list[dict]:
 
 
 def random_step(rng: random.Random) -> str:
-    return " ".join(rng.choice(["so", "then", "7", "is", "über", "12", "+", "="]) for _ in range(rng.randint(1, 6))) + "\n"
+    return (
+        " ".join(rng.choice(["so", "then", "7", "is", "über", "12", "+", "="]) for _ in range(rng.randint(1, 6))) + "\n"
+    )
 
 
 @pytest.fixture
@@ -120,7 +122,9 @@ def tokenizer():
 
 @pytest.fixture
 def data_dir() -> Path:
-    """Folder with the public data sets. They stay outside the repository; tests that read them skip where they are absent."""
+    """
+    Folder with the public data sets. They stay outside the repository; tests that read them skip where they are absent.
+    """
     path = Path(os.environ.get("DAPO_TRL_DATA", REPOSITORY.parent / "shared" / "data"))
     if not path.is_dir():
         pytest.skip(f"the data sets are not at {path}; set DAPO_TRL_DATA to where they are")

@@ -23,8 +23,8 @@ def random_siblings(seed: int) -> tuple[list[float], list[int]]:
 class TestSiblingAdvantages:
     def test_by_hand(self):
         """
-        Values 1, 1/2, 0, sampled 1, 2 and 5 times: the mean over 8 samples is (1 + 2/2) / 8 = 1/4. Counted once each it is
-        1/2.
+        Values 1, 1/2, 0, sampled 1, 2 and 5 times: the mean over 8 samples is (1 + 2/2) / 8 = 1/4. Counted once each
+        it is 1/2.
         """
         assert sibling_advantages([1, 0.5, 0], counts=[1, 2, 5]).tolist() == [0.75, 0.25, -0.25]
         assert sibling_advantages([1, 0.5, 0]).tolist() == [0.5, 0, -0.5]
@@ -103,7 +103,7 @@ class TestStepAdvantages:
 
     @pytest.mark.parametrize("seed", range(5))
     def test_is_the_sibling_form_where_the_state_is_worth_its_samples(self, seed):
-        """With V(s) = the mean over the sampled siblings, A(s, a_i) of one solution equals the advantage among siblings."""
+        """If V(s) is the mean over the sampled siblings, a solution's advantage equals that among siblings."""
         values, counts = random_siblings(seed)
         value_of_state = np.average(values, weights=counts)
         expected = [step_advantages([value_of_state, value]).item() for value in values]
@@ -142,8 +142,8 @@ class TestWithTrueRewards:
 class TestAddAdvantages:
     def test_by_hand(self):
         """
-        First row: the terminal candidate counts as 0 and was sampled 3 times, so the mean is (1 + 3 * 0) / 4. Second row:
-        values 1/2 and 1, sampled once each; mean 3/4.
+        First row: the terminal candidate counts as 0 and was sampled 3 times, so the mean is (1 + 3 * 0) / 4. Second
+        row: values 1/2 and 1, sampled once each; mean 3/4.
         """
         dataset = Dataset.from_dict(
             {

@@ -5,13 +5,13 @@
 import re
 
 import pytest
-from conftest import make_critic, make_policy, random_solution_rows, random_state_rows
 from datasets import Dataset
 from huggingface_hub import ModelCard
+
+from conftest import make_critic, make_policy, random_solution_rows, random_state_rows
+from dapo_trl import DAPOTrainer, StepCriticTrainer
 from test_dapo_trainer import config as policy_config
 from test_step_critic_trainer import config as critic_config
-
-from dapo_trl import DAPOTrainer, StepCriticTrainer
 
 
 RESULTS = {"greedy accuracy": {"before": "53.6% [50.5%, 56.7%]", "after": 0.98765}}

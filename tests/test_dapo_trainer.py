@@ -9,6 +9,9 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from conftest import (
     CHAT_TEMPLATE,
     STUDENT,
@@ -18,9 +21,6 @@ from conftest import (
     random_solution_rows,
     random_state_rows,
 )
-from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from dapo_trl import DAPOConfig, DAPOTrainer
 from dapo_trl.tokenization import encode_solution, encode_state
 
@@ -128,9 +128,7 @@ def test_counts_weigh_pairs(tmp_path, tokenizer):
     """`duplicate_weights="counts"` weighs each pair by how often it was sampled, over the whole optimizer step."""
     policy, ref_model, rows = make_policy(seed=0), make_policy(seed=1), random_state_rows(6)
     loss, gradients = reference_step(policy, ref_model, rows, tokenizer, beta=0.1, weights="counts")
-    args = config(
-        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, duplicate_weights="counts"
-    )
+    args = config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, duplicate_weights="counts")
     trainer = DAPOTrainer(policy, ref_model, args, None, Dataset.from_list(rows), None, tokenizer)
     recorder = GradientRecorder(trainer)
     trainer.train()
@@ -398,7 +396,9 @@ def test_the_samplers_ids_are_used_as_they_are(tmp_path, tokenizer):
     assert trainer.train_dataset[0]["context_ids"] == [5, 6, 7, 8, 9]
     assert trainer.train_dataset[0]["branches"] == [[ids] for ids in row["candidates_ids"]]
     foreign = Dataset.from_list([row | {"tokenizer_fingerprint": "0123456789abcdef"}])
-    with pytest.raises(ValueError, match=r"Row 0: its token ids come from a tokenizer with fingerprint '0123456789abcdef'"):
+    with pytest.raises(
+        ValueError, match=r"Row 0: its token ids come from a tokenizer with fingerprint '0123456789abcdef'"
+    ):
         DAPOTrainer(make_policy(), None, args, None, foreign, None, tokenizer)
 
 
@@ -448,7 +448,9 @@ def test_swap_for_dpo_trainer(tmp_path, caplog, kind):
     assert row["context_ids"] == expected["prompt_ids"]
     assert row["branches"] == [[expected["chosen_ids"]], [expected["rejected_ids"]]]
     assert row["advantages"] == [0.5, -0.5]
-    assert sum(row["ref_logps"]) == pytest.approx(expected["ref_chosen_logps"] + expected["ref_rejected_logps"], rel=1e-5)
+    assert sum(row["ref_logps"]) == pytest.approx(
+        expected["ref_chosen_logps"] + expected["ref_rejected_logps"], rel=1e-5
+    )
 
 
 def test_conversational_rows_see_what_generation_sees(tmp_path):
@@ -546,7 +548,10 @@ STATE = {"prompt": "a\n", "prefix": [], "candidates": ["b\n", "c\n"], "advantage
         ([{"prompt": "a\n", "completions": ["b\n"], "values": [0.5]}], "Row 0, column `values`: expected 2 numbers"),
         ([{"prompt": "a\n", "completions": ["b\n"], "values": [0.5, 1.5]}], r"entry 1 is not in \[0, 1\]"),
         ([{"prompt": "a\n", "completions": ["b\n"], "labels": [True]}], "stepwise format"),
-        ([{**STATE, "prompt": "x" * 99}], r"No row of `train_dataset` \(1 rows\).*2 steps did not fit into `max_length=64`"),
+        (
+            [{**STATE, "prompt": "x" * 99}],
+            r"No row of `train_dataset` \(1 rows\).*2 steps did not fit into `max_length=64`",
+        ),
         ([{**STATE, "advantages": [0.01, 0.0]}], "No row .* 1 states have an advantage gap below"),
     ],
 )

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import make_policy, make_tokenizer
 
+from conftest import make_policy, make_tokenizer
 from dapo_trl import TransformersEngine
 from dapo_trl.engines import SamplingConfig
 
@@ -68,7 +68,9 @@ def test_seeds():
 
 
 def test_distribution_is_the_policys():
-    """First tokens follow the softmax at temperature 1, although the model's own generation defaults would change it."""
+    """
+    First tokens follow the softmax at temperature 1, although the model's own generation defaults would change it.
+    """
     sampler = engine(batch_size=512)
     declared = sampler.model.generation_config
     declared.repetition_penalty, declared.top_k, declared.temperature, declared.top_p = 5.0, 3, 0.3, 0.5

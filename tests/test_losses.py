@@ -190,7 +190,7 @@ class TestDapoLoss:
 
     @pytest.mark.parametrize("name", ["logps", "ref_logps", "advantages", "weights"])
     def test_refuses_shapes_that_differ(self, name):
-        """Also where they would broadcast: a column against a row would silently compare every pair with every other."""
+        """Also where they would broadcast: a column against a row would silently pair everything with everything."""
         pairs = dict(zip(("logps", "ref_logps", "advantages", "weights"), random_pairs(), strict=True))
         for shape in ((12, 1), (1,), ()):
             wrong = pairs | {name: torch.zeros(shape, dtype=torch.float64)}

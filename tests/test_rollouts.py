@@ -7,9 +7,9 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
-from conftest import STUDENT, make_tokenizer
 from datasets import Dataset
 
+from conftest import STUDENT, make_tokenizer
 from dapo_trl import check_dataset, collect_rollouts, math_reward, split_steps
 from dapo_trl.engines import Completion, SamplingConfig
 from dapo_trl.rollouts import RolloutConfig, select_balanced
@@ -19,7 +19,9 @@ EOS = 1
 
 
 class ScriptedEngine:
-    """Gives each prefix the completions written down for it, over and over; `~` stands for a cut at the length limit."""
+    """
+    Gives each prefix the completions written down for it, over and over; `~` stands for a cut at the length limit.
+    """
 
     name = "script"
 
@@ -57,11 +59,11 @@ def problem(**columns):
 def test_values_by_hand():
     """One problem, two solutions, two completions from each of their three states.
 
-    Solutions: "a\\n1" (right) and "a\\n0" (wrong), so the states are the prompt and "a\\n", which both share: estimated once.
-    Completions of the prompt: "a\\n1" (right) and "b\\n0" (wrong). Of "a\\n": "1" (right) and "0" (wrong).
+    Solutions: "a\\n1" (right) and "a\\n0" (wrong), so the states are the prompt and "a\\n", which both share: estimated
+    once. Completions of the prompt: "a\\n1" (right) and "b\\n0" (wrong). Of "a\\n": "1" (right) and "0" (wrong).
     V(prompt) = (2 completions + 2 solutions, 1 + 1 right) = 2/4.
-    V("a\\n") = (2 completions + 1 that passed through it, 1 + 1 right) = 2/3. The solutions do not count: they were kept for
-    their outcomes.
+    V("a\\n") = (2 completions + 1 that passed through it, 1 + 1 right) = 2/3. The solutions do not count: they were
+    kept for their outcomes.
     """
     script = {"p\n": ["a\n1", "a\n0"], "p\na\n": ["1", "0"]}
     engine = ScriptedEngine(script)
@@ -79,8 +81,8 @@ def test_values_by_hand():
     by_outcome = {row["reward"]: row for row in rollouts.solutions}
     assert by_outcome[1.0]["completions"] == ["a\n", "1"]
     assert by_outcome[1.0]["values"] == pytest.approx([2 / 4, 2 / 3, 1.0])
-    assert by_outcome[1.0]["mc_successes"] == [2, 2, 1]
-    assert by_outcome[1.0]["mc_rollouts"] == [4, 3, 1]
+    assert by_outcome[1.0]["mc_successes"] == [2, 2, 3]  # its end: the solution, and two completions that end alike
+    assert by_outcome[1.0]["mc_rollouts"] == [4, 3, 3]
     assert by_outcome[0.0]["values"] == pytest.approx([2 / 4, 2 / 3, 0.0])
     states = {"".join(row["prefix"]): row for row in rollouts.states}
     assert states[""]["candidates"] == ["a\n", "b\n"]
@@ -110,7 +112,9 @@ def test_rows_pass_the_check():
 
 
 def test_truncated_counts_as_wrong():
-    """A completion cut at the length limit counts as wrong even if it ends in the answer; its last step is no candidate."""
+    """
+    A completion cut at the length limit counts as wrong even if it ends in the answer; its last step is no candidate.
+    """
     script = {"p\n": ["a\n1", "a\n0"], "p\na\n": ["1~", "0"]}
     config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)
     rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, config)
@@ -160,12 +164,12 @@ def test_a_state_without_outcome_drops_its_solution():
 
 
 def test_same_words_ending_or_going_on_are_two_actions():
-    """The step "1\\n" once ends the solution (right) and once goes on (wrong): two candidates, told apart by `rewards`."""
+    """
+    The step "1\\n" once ends the solution (right) and once goes on (wrong): two candidates, told apart by `rewards`.
+    """
     script = {"p\n": ["1\n", "1\n0"], "p\n1\n": ["0", "1"]}
     config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)
-    rollouts = collect_rollouts(
-        problem(answer="1\n"), ScriptedEngine(script), reward, config
-    )
+    rollouts = collect_rollouts(problem(answer="1\n"), ScriptedEngine(script), reward, config)
     row = next(row for row in rollouts.states if not row["prefix"])
     assert row["candidates"] == ["1\n", "1\n"]
     assert row["rewards"] == [1.0, None]
@@ -204,7 +208,9 @@ def solution(text: str, right: bool) -> SimpleNamespace:
 )
 def test_balance(num_right, num_wrong, expected):
     """Six kept: half and half where possible, the rest from the side that has more."""
-    solutions = [solution(f"r{i}", True) for i in range(num_right)] + [solution(f"w{i}", False) for i in range(num_wrong)]
+    solutions = [solution(f"r{i}", True) for i in range(num_right)] + [
+        solution(f"w{i}", False) for i in range(num_wrong)
+    ]
     kept = select_balanced(solutions * 2, 6, random.Random(0))
     assert (sum(s.reward for s in kept), sum(1 - s.reward for s in kept)) == expected
     assert len({s.steps for s in kept}) == len(kept)
@@ -233,7 +239,9 @@ def test_choice_does_not_favour_the_first():
 )
 def test_bad_config(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        RolloutConfig(**(kwargs | {"sampling": SamplingConfig(**kwargs["sampling"])} if "sampling" in kwargs else kwargs))
+        RolloutConfig(
+            **(kwargs | {"sampling": SamplingConfig(**kwargs["sampling"])} if "sampling" in kwargs else kwargs)
+        )
 
 
 def test_bad_problems():
@@ -253,7 +261,10 @@ def test_same_seed_same_rows():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(STUDENT), AutoTokenizer.from_pretrained(STUDENT)
     engine = TransformersEngine(model, tokenizer, batch_size=64)
     problems = Dataset.from_list(
-        [{"prompt": "4 - 7 + 8 max 2 min 9 - 1\n", "answer": "4"}, {"prompt": "3 - 9 - 1 + 2 max 4 - 6\n", "answer": "9"}]
+        [
+            {"prompt": "4 - 7 + 8 max 2 min 9 - 1\n", "answer": "4"},
+            {"prompt": "3 - 9 - 1 + 2 max 4 - 6\n", "answer": "9"},
+        ]
     )
 
     def sample(seed):

@@ -8,15 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, STUDENT, make_critic, make_policy, make_tokenizer, random_solution_rows
-from conftest import random_state_rows as state_rows
 from datasets import Dataset
-from test_dapo_trainer import GradientRecorder, relative_difference
 from transformers import AutoModelForTokenClassification
 
+from conftest import CHAT_TEMPLATE, STUDENT, make_critic, make_policy, make_tokenizer, random_solution_rows
+from conftest import random_state_rows as state_rows
 from dapo_trl import StepCriticConfig, StepCriticTrainer, add_advantages
 from dapo_trl.diagnostics import critic_metrics
 from dapo_trl.tokenization import encode_solution, encode_state
+from test_dapo_trainer import GradientRecorder, relative_difference
 
 
 def config(tmp_path, **kwargs) -> StepCriticConfig:
@@ -143,9 +143,7 @@ def test_predicted_values_of_states(tmp_path, tokenizer):
         context, steps = encode_state(row["prompt"], row["prefix"], row["candidates"], ended, tokenizer)
         assert steps[0][-1] == tokenizer.eos_token_id
         with torch.no_grad():
-            expected = [
-                torch.sigmoid(critic(torch.tensor([context + step])).logits[0, -1, 0]).item() for step in steps
-            ]
+            expected = [torch.sigmoid(critic(torch.tensor([context + step])).logits[0, -1, 0]).item() for step in steps]
         assert predicted == pytest.approx(expected, abs=1e-6)
     row, advantages = valued[0], add_advantages(valued, "critic_values")[0]["advantages"]
     values = [1.0, *row["critic_values"][1:]]
@@ -296,7 +294,7 @@ def three_labels(config):
 
 def test_nothing_is_predicted_for_what_does_not_fit(tmp_path, tokenizer):
     trainer = StepCriticTrainer(make_critic(), config(tmp_path, max_length=8), processing_class=tokenizer)
-    with pytest.raises(ValueError, match="Row 1 has .* tokens, more than `max_length=8`"):
+    with pytest.raises(ValueError, match=r"Row 1 has .* tokens, more than `max_length=8`"):
         trainer.predict_values(Dataset.from_list([SOLUTION, {**SOLUTION, "prompt": "much longer\n"}]))
     with pytest.raises(ValueError, match="empty"):
         trainer.predict_values(Dataset.from_list([]))

@@ -2,11 +2,13 @@
 `tokenization.py`: text becomes the ids that generation saw, cut where the steps end.
 """
 
+from itertools import chain
+
 import pytest
-from conftest import CHAT_TEMPLATE, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from conftest import CHAT_TEMPLATE, make_tokenizer
 from dapo_trl.tokenization import encode_prompt, encode_solution, encode_state, tokenizer_fingerprint
 
 
@@ -35,14 +37,15 @@ def trained(kind: str) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
 @pytest.mark.parametrize(
-    "steps", [["So 7 + 8 = 15.\n", "Then 15 - 3 = 12.\n\n", "#### 12"], ["Über 5 €.\n", "Then  2\n", " more"], ["a\n", "more"]]
+    "steps",
+    [["So 7 + 8 = 15.\n", "Then 15 - 3 = 12.\n\n", "#### 12"], ["Über 5 €.\n", "Then  2\n", " more"], ["a\n", "more"]],
 )
 def test_solution_is_tokenized_as_a_whole(kind, steps):
     """Prompt and steps concatenate to the ids of the whole text, plus one end token; each step decodes to its text."""
     tokenizer, prompt = trained(kind), "How much?\n"
     prompt_ids, steps_ids = encode_solution(prompt, steps, tokenizer)
     assert prompt_ids == encode_prompt(prompt, tokenizer)
-    assert prompt_ids + sum(steps_ids, []) == [*tokenizer(prompt + "".join(steps)).input_ids, EOS]
+    assert [*prompt_ids, *chain(*steps_ids)] == [*tokenizer(prompt + "".join(steps)).input_ids, EOS]
     assert [ids.count(EOS) for ids in steps_ids] == [0] * (len(steps) - 1) + [1]
     if kind == "byte-level":
         decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids in steps_ids]
@@ -51,7 +54,7 @@ def test_solution_is_tokenized_as_a_whole(kind, steps):
 
 def test_truncated_solution_has_no_end():
     _, steps_ids = encode_solution("p\n", ["a\n", "b"], make_tokenizer(), ended=False)
-    assert EOS not in sum(steps_ids, [])
+    assert EOS not in chain(*steps_ids)
 
 
 def test_a_token_that_straddles_two_steps_belongs_to_the_earlier():
@@ -94,7 +97,7 @@ def test_begin_token_comes_once():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
     prompt_ids, steps_ids = encode_solution("p\n", ["a\n", "b"], tokenizer)
     assert prompt_ids[0] == 0
-    assert 0 not in prompt_ids[1:] + sum(steps_ids, [])
+    assert 0 not in [*prompt_ids[1:], *chain(*steps_ids)]
 
 
 def test_closing_token_is_taken_off():
@@ -105,7 +108,7 @@ def test_closing_token_is_taken_off():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     prompt_ids, steps_ids = encode_solution("p\n", ["a\n", "b"], tokenizer)
     assert EOS not in prompt_ids
-    assert sum(steps_ids, []).count(EOS) == 1
+    assert list(chain(*steps_ids)).count(EOS) == 1
 
 
 def test_fingerprint():

@@ -5,6 +5,7 @@ Monte Carlo values: by hand, against slow loops, what they estimate, and what th
 import math
 import random
 
+import numpy as np
 import pytest
 
 import reference
@@ -79,8 +80,9 @@ class TestMonteCarloValues:
 class TestPrefixCounts:
     def test_by_hand(self):
         """
-        Three completions of the prompt, "ab" right, "ac" wrong, "a" right, and one from state "a", "b", wrong. Through the
-        prompt go 3 with 2 right; through "a" all 4 with 2 right; through "ab" the first and the last, 1 right; "ac" 0 of 1.
+        Three completions of the prompt, "ab" right, "ac" wrong, "a" right, and one from state "a": "b", wrong. Through
+        the prompt go 3 with 2 right; through "a" all 4, 2 right; through "ab" the first and the last, 1 right; through
+        "ac" one, wrong.
         """
         samples = [
             Sample((), ("a", "b"), 1.0),
@@ -106,9 +108,11 @@ class TestPrefixCounts:
         assert prefix_counts([]) == {}
 
     def test_types(self):
-        """Counts go into JSON and data sets: plain Python numbers, whatever the rewards were; ids are as good as text."""
-        counts = prefix_counts([Sample((), ((5, 6), (7,)), True), Sample(((5, 6),), (), 0)])
-        assert counts == {(): Counts(1, 1), ((5, 6),): Counts(1, 2), ((5, 6), (7,)): Counts(1, 1)}
+        """Counts go into JSON and data sets: plain Python numbers, whatever the rewards. Ids are as good as text."""
+        state = ((5, 6),)
+        starts = [Sample(state, (), reward) for reward in (0, np.float32(1))]
+        counts = prefix_counts([Sample((), (*state, (7,)), True), *starts])
+        assert counts == {(): Counts(1, 1), state: Counts(2, 3), (*state, (7,)): Counts(1, 1)}
         assert {(type(c.successes), type(c.rollouts)) for c in counts.values()} == {(float, int)}
 
     def test_without_sharing_only_starting_states_count(self):
@@ -145,8 +149,8 @@ class TestPrefixCounts:
     def test_samples_kept_for_their_outcome_are_biased(self):
         """
         The control, and the warning of the docstring. Of the solutions, as many correct as wrong ones are kept, as the
-        paper does: the prompt then looks like 1/2 instead of 0.59, and "a", where the odds were 4 to 1, is worse off by the
-        factor (1 - 0.59) / 0.59 in odds: 4 * 0.41 / 0.59 = 2.78, a value of 0.735 instead of 0.8.
+        paper does: the prompt then looks like 1/2 instead of 0.59, and the odds of "a" fall from 4 to 1 by the factor
+        (1 - 0.59) / 0.59: 4 * 0.41 / 0.59 = 2.78, a value of 0.735 instead of 0.8.
         """
         rng = random.Random(0)
         solutions = [sample_solution(rng) for _ in range(20_000)]

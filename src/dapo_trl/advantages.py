@@ -1,7 +1,8 @@
 """
 From values to step advantages.
 
-Time in the names: values belong to states 0..K, advantages to steps 1..K. C is the number of candidate steps of a state.
+Time in the names: values belong to states 0..K, advantages to steps 1..K. C is the number of candidate steps of a
+state.
 """
 
 import math
@@ -50,8 +51,8 @@ def sibling_advantages(values: Sequence[float], counts: Sequence[int] | None = N
     n_C = np.ones_like(v_C) if counts is None else np.asarray(counts, dtype=np.float64)
     if v_C.ndim != 1 or v_C.size < 2:
         raise ValueError(
-            f"An advantage compares candidates, so a state needs at least two, got {v_C.size}. Drop the state, sample more "
-            "completions from it, or give `advantages` yourself."
+            f"An advantage compares candidates, so a state needs at least two, got {v_C.size}. Drop the state, sample "
+            "more completions from it, or give `advantages` yourself."
         )
     if n_C.shape != v_C.shape:
         raise ValueError(f"`values` and `counts` must have the same length, got {v_C.size} and {n_C.size}.")
@@ -149,7 +150,8 @@ def add_advantages(dataset: Any, values: str = "values") -> Any:
     >>> from datasets import Dataset
     >>> from dapo_trl import add_advantages
 
-    >>> rows = [{"prompt": "1+1=", "prefix": [], "candidates": ["2", "3"], "values": [0.9, 0.5], "rewards": [1.0, None]}]
+    >>> state = {"prompt": "1+1=", "prefix": [], "candidates": ["2", "3"]}
+    >>> rows = [state | {"values": [0.9, 0.5], "rewards": [1.0, None]}]
     >>> add_advantages(Dataset.from_list(rows))[0]["advantages"]
     [0.25, -0.25]
 

@@ -14,7 +14,9 @@ from trl.trainer.utils import get_config_model_id
 
 
 PAPER = {
-    "title": "Improving Multi-Step Reasoning Abilities of Large Language Models with Direct Advantage Policy Optimization",
+    "title": (
+        "Improving Multi-Step Reasoning Abilities of Large Language Models with Direct Advantage Policy Optimization"
+    ),
     "id": "2412.18279",
     # docstyle-ignore
     "citation": textwrap.dedent("""\
@@ -31,6 +33,8 @@ PAPER = {
 _OWN_TEMPLATES = os.path.relpath(str(files("dapo_trl") / "templates"), str(files("trl") / "templates"))
 POLICY_TEMPLATE = os.path.join(_OWN_TEMPLATES, "policy_model_card.md")
 CRITIC_TEMPLATE = os.path.join(_OWN_TEMPLATES, "critic_model_card.md")
+POLICY_TAGS = ["trl", "dapo-trl", "direct-advantage-policy-optimization"]
+CRITIC_TAGS = ["trl", "dapo-trl", "step-critic", "value-function"]
 
 # Hyper-parameters that say how a model was made, in the order in which they are shown where the configuration has them.
 _SHOWN = (

@@ -78,8 +78,8 @@ class DataCollatorForStepCritic(DataCollatorMixin):
     Collates tokenized rows for [`StepCriticTrainer`]: one padded sequence per branch, and where each state ends.
 
     Each example holds `"context_ids"` and `"branches"` as for [`DataCollatorForStepPolicy`], and optionally
-    `"successes"` and `"rollouts"`, one number per state. The states of a row are, in this order: the context itself, unless
-    the example says `"context_is_state": False`; then the state after each step, branch by branch.
+    `"successes"` and `"rollouts"`, one number per state. The states of a row are, in this order: the context itself,
+    unless the example says `"context_is_state": False`; then the state after each step, branch by branch.
 
     The batch holds:
 
@@ -110,7 +110,9 @@ class DataCollatorForStepCritic(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        sequences, state_rows, state_columns = [], [], []
+        sequences: list[list[int]] = []
+        state_rows: list[int] = []
+        state_columns: list[int] = []
         for example in examples:
             ends = [len(example["context_ids"])] if example.get("context_is_state", True) else []
             for context_ids, steps_ids in _sequences(example):

@@ -14,8 +14,8 @@ class DAPOConfig(_BaseConfig):
     Configuration of [`DAPOTrainer`], for Direct Advantage Policy Optimization (arXiv 2412.18279; not ByteDance's DAPO).
 
     Defaults are the paper's; "paper" below quotes it. All arguments of [`~transformers.TrainingArguments`] apply too. A
-    batch is counted in rows: `per_device_train_batch_size=8` takes 8 states with all their candidates, or 8 solutions with
-    all their steps. The paper's batch of 2,048 pairs is about 500 state rows a step.
+    batch is counted in rows: `per_device_train_batch_size=8` takes 8 states with all their candidates, or 8 solutions
+    with all their steps. The paper's batch of 2,048 pairs is about 500 state rows a step.
 
     Parameters:
         > Parameters that control the model
@@ -30,8 +30,8 @@ class DAPOConfig(_BaseConfig):
         > Parameters that control the data
 
         max_length (`int`, *optional*, defaults to `2048`):
-            Longest sequence in tokens, prompt included. What exceeds it is cut by whole steps, counted and reported. `None`
-            cuts nothing.
+            Longest sequence in tokens, prompt included. What exceeds it is cut by whole steps, counted and reported.
+            `None` cuts nothing.
         pad_to_multiple_of (`int`, *optional*):
             Pad sequences to a multiple of this length.
         dataset_num_proc (`int`, *optional*):
@@ -39,8 +39,8 @@ class DAPOConfig(_BaseConfig):
         min_advantage_gap (`float`, *optional*, defaults to `0.1`):
             States whose largest and smallest advantage differ by less are left out. Paper: 0.1. `0.0` keeps all.
         duplicate_weights (`str`, *optional*, defaults to `"uniform"`):
-            Weight of a candidate in the loss. Paper: `"uniform"`, every unique candidate counts once. `"counts"` weighs it
-            by how often it was sampled, so that the weighted advantages of a state sum to zero.
+            Weight of a candidate in the loss. Paper: `"uniform"`, every unique candidate counts once. `"counts"` weighs
+            it by how often it was sampled, so that the weighted advantages of a state sum to zero.
 
         > Parameters that control the reference policy
 
@@ -53,8 +53,8 @@ class DAPOConfig(_BaseConfig):
         > Parameters that control the training
 
         beta (`float`, *optional*, defaults to `0.01`):
-            Scale of the target A/beta of a step's log-ratio. Paper: 0.01 or 0.02. A small model trained for a few hundred
-            steps wants more: the demo uses 0.1.
+            Scale of the target A/beta of a step's log-ratio. Paper: 0.01 or 0.02. A small model trained for a few
+            hundred steps wants more: the demo uses 0.1.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -63,7 +63,8 @@ class DAPOConfig(_BaseConfig):
     > - `logging_steps`, `gradient_checkpointing` and `bf16` as in all TRL trainers.
     """
 
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+    # `TrainingArguments` declares it without `ClassVar`, so it cannot have that here.
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate of AdamW. Paper: 5e-7."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW. The paper's code: 0.95."})

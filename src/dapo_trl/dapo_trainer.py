@@ -27,7 +27,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, use_adapter
 
-from dapo_trl.cards import PAPER, POLICY_TEMPLATE, save_model_card
+from dapo_trl.cards import PAPER, POLICY_TAGS, POLICY_TEMPLATE, save_model_card
 from dapo_trl.collators import DataCollatorForStepPolicy
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.losses import dapo_loss
@@ -46,12 +46,13 @@ logger = get_logger(__name__)
 
 class DAPOTrainer(_BaseTrainer):
     """
-    Trainer for Direct Advantage Policy Optimization ([arXiv 2412.18279](https://huggingface.co/papers/2412.18279), NeurIPS
-    2025): offline, step-level RL. Not ByteDance's DAPO (arXiv 2503.14476), which TRL offers as a loss of its `GRPOTrainer`.
+    Trainer for Direct Advantage Policy Optimization ([arXiv 2412.18279](https://huggingface.co/papers/2412.18279),
+    NeurIPS 2025): offline, step-level RL. Not ByteDance's DAPO (arXiv 2503.14476), which TRL offers as a loss of its
+    `GRPOTrainer`.
 
     The policy regresses the log-ratio of every reasoning step onto its scaled advantage, see
-    [`~dapo_trl.losses.dapo_loss`]. Advantages come with the data: from a step critic ([`StepCriticTrainer`]), from Monte
-    Carlo values, or from anywhere else.
+    [`~dapo_trl.losses.dapo_loss`]. Advantages come with the data: from a step critic ([`StepCriticTrainer`]), from
+    Monte Carlo values, or from anywhere else.
 
     Example:
 
@@ -101,12 +102,19 @@ class DAPOTrainer(_BaseTrainer):
         ValueError: if a row or an argument cannot be used; the message names it and the cure.
     """
 
-    loss_is_scaled_for_ga = True  # by the pairs of the whole optimizer step, see `_get_num_items_in_batch`
+    loss_is_scaled_for_ga: Any = True  # by the pairs of the whole optimizer step, see `_get_num_items_in_batch`
 
-    _tag_names = ("trl", "dapo-trl", "direct-advantage-policy-optimization")
+    _tag_names = POLICY_TAGS
     _name = "DAPO"
     _paper = PAPER
-    _template_file = POLICY_TEMPLATE
+    _template_file: Any = POLICY_TEMPLATE
+
+    # types that the parent classes leave wider, or infer from a first value of `None`
+    args: DAPOConfig
+    model: Any
+    processing_class: PreTrainedTokenizerBase
+    ref_model: torch.nn.Module | None
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -159,8 +167,8 @@ class DAPOTrainer(_BaseTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError(
-                "`nn.DataParallel` is not supported, and several GPUs are visible to this one process. Start the script "
-                "with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
+                "`nn.DataParallel` is not supported, and several GPUs are visible to this one process. Start the "
+                "script with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
             )
         self.ref_model = self._prepare_ref_model(ref_model)
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
@@ -199,7 +207,7 @@ class DAPOTrainer(_BaseTrainer):
 
     # ---- Reference policy ----
 
-    def _prepare_ref_model(self, ref_model: PreTrainedModel | None) -> PreTrainedModel | None:
+    def _prepare_ref_model(self, ref_model: PreTrainedModel | None) -> torch.nn.Module | None:
         """The reference as a model of its own, or `None` where the policy itself can stand in for it."""
         if ref_model is None:
             if is_peft_model(self.model) or self.args.precompute_ref_log_probs:
@@ -211,10 +219,11 @@ class DAPOTrainer(_BaseTrainer):
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(ref_model, self.accelerator)
         if self.is_fsdp_enabled:
-            return prepare_fsdp(ref_model, self.accelerator)
+            sharded: Any = prepare_fsdp(ref_model, self.accelerator)  # `FSDPModule` is not declared as a `Module`
+            return sharded
         return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
 
-    def _copy_policy(self) -> PreTrainedModel:
+    def _copy_policy(self) -> Any:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             # Weights may be sharded already, so the copy is loaded again from where the policy came from.
             path = get_config_model_id(self.model.config)
@@ -229,9 +238,10 @@ class DAPOTrainer(_BaseTrainer):
     @contextlib.contextmanager
     def _reference(self) -> Iterator[torch.nn.Module]:
         """The model that scores as the reference, without gradients."""
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs  # read by now, if given as JSON
         with (
             torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            disable_gradient_checkpointing(self.model, checkpointing),
             contextlib.ExitStack() as stack,
         ):
             if self.ref_model is None and is_peft_model(self.model):
@@ -311,7 +321,7 @@ class DAPOTrainer(_BaseTrainer):
         model: torch.nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Loss of a batch: the mean over the pairs of the whole optimizer step.
@@ -415,7 +425,7 @@ class DAPOTrainer(_BaseTrainer):
             ValueError: if the reference was freed and the policy has been trained since.
         """
         if isinstance(eval_dataset, dict):
-            results = {}
+            results: dict[str, float] = {}
             for name, part in eval_dataset.items():
                 results |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return results
@@ -424,8 +434,8 @@ class DAPOTrainer(_BaseTrainer):
             if self.args.precompute_ref_log_probs:
                 if self.state.global_step > 0 and not self._reference_is_base:
                     raise ValueError(
-                        "The reference was freed when its log-probabilities had been computed, and `model` has been trained "
-                        "since. Give this data set as `eval_dataset` at construction, or set "
+                        "The reference was freed when its log-probabilities had been computed, and `model` has been "
+                        "trained since. Give this data set as `eval_dataset` at construction, or set "
                         "`precompute_ref_log_probs=False`."
                     )
                 eval_dataset = self._precompute(eval_dataset, self.args.per_device_eval_batch_size, metric_key_prefix)
@@ -441,30 +451,24 @@ class DAPOTrainer(_BaseTrainer):
         logs.update(metrics)
         super().log(logs, start_time)
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        results: dict[str, Any] | None = None,
-    ) -> None:
+    # transformers and TRL name the arguments differently, so no signature with names fits both.
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
         Write the model card to `args.output_dir`.
 
         Args:
-            model_name (`str`, *optional*):
-                Name of the model.
-            dataset_name (`str`, *optional*):
-                Name of the data set.
-            tags (`str` or `list[str]`, *optional*):
-                Tags besides the trainer's own.
-            results (`dict`, *optional*):
-                Rows of the table of results, see [`~dapo_trl.cards.save_model_card`].
+            *args:
+                The same without names, in the order of `kwargs`.
+            **kwargs:
+                `model_name` (`str`), `dataset_name` (`str`), `tags` (`str` or `list[str]`) besides the trainer's own,
+                and `results` (`dict`), rows of the table of results; all optional, see
+                [`~dapo_trl.cards.save_model_card`].
         """
-        save_model_card(self, super().create_model_card, model_name, dataset_name, tags, results)
+        save_model_card(self, super().create_model_card, *args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.create_model_card(model_name=(self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+        name = self.args.hub_model_id or Path(self.args.output_dir or "").name
+        self.create_model_card(model_name=name.split("/")[-1])
         super()._save_checkpoint(model, trial)
 
 
@@ -474,8 +478,8 @@ def _default_args(args: DAPOConfig | None, model: Any) -> DAPOConfig:
         return DAPOConfig(f"{name.split('/')[-1]}-DAPO")
     if not isinstance(args, DAPOConfig):
         raise TypeError(
-            f"`args` must be a `DAPOConfig`, got {type(args).__name__}. `DPOConfig` arguments that exist here keep their "
-            "names: replace the class."
+            f"`args` must be a `DAPOConfig`, got {type(args).__name__}. `DPOConfig` arguments that exist here keep "
+            "their names: replace the class."
         )
     return args
 
@@ -487,8 +491,8 @@ def _refuse_adapted_head(model: Any) -> None:
 
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(
-            "`peft_config` puts an adapter on the LM head. Log-probabilities are computed from its weights directly, so that "
-            "adapter would never be trained. Remove `lm_head` from `target_modules`."
+            "`peft_config` puts an adapter on the LM head. Log-probabilities are computed from its weights directly, "
+            "so that adapter would never be trained. Remove `lm_head` from `target_modules`."
         )
 
 

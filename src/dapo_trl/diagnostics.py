@@ -1,8 +1,8 @@
 """
 Is the critic any good? Pure functions of its values and of Monte Carlo counts.
 
-S states, each with k successes in n rollouts; the mean outcome k/n is the target. Means over states are weighted by their
-rollouts, so that every rollout counts the same.
+S states, each with k successes in n rollouts; the mean outcome k/n is the target. Means over states are weighted by
+their rollouts, so that every rollout counts the same.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,11 @@ import numpy as np
 _EPSILON = 1e-7  # as in most cross-entropies: a value of exactly 0 or 1 must not make the mean infinite
 
 
-def critic_metrics(values: Sequence[float], successes: Sequence[float], rollouts: Sequence[float]) -> dict[str, float]:
+def critic_metrics(
+    values: Sequence[float] | np.ndarray,
+    successes: Sequence[float] | np.ndarray,
+    rollouts: Sequence[float] | np.ndarray,
+) -> dict[str, float]:
     """
     How well values predict outcomes, against the best constant.
 
@@ -111,7 +115,9 @@ def expected_calibration_error(
     return float(np.abs(gaps).sum() / np.sum(weights))
 
 
-def sibling_ranking(predicted: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> tuple[float, int]:
+def sibling_ranking(
+    predicted: Sequence[Sequence[float]], reference: Sequence[Sequence[float]], min_difference: float = 0.0
+) -> tuple[float, int]:
     """
     How often the critic orders two candidate steps of one state as the reference values do.
 
@@ -119,8 +125,11 @@ def sibling_ranking(predicted: Sequence[Sequence[float]], reference: Sequence[Se
         predicted (sequence over states of sequences of `float`):
             Predicted values of the candidates.
         reference (sequence over states of sequences of `float`):
-            Reference values of the same candidates, such as Monte Carlo values from many rollouts. Pairs that they do not
-            tell apart are left out; a tie of the predictions counts one half.
+            Reference values of the same candidates, such as Monte Carlo values from many rollouts. Pairs that they do
+            not tell apart are left out; a tie of the predictions counts one half.
+        min_difference (`float`, *optional*, defaults to `0.0`):
+            Leave out pairs whose reference values differ by less. Reference values from few rollouts order close pairs
+            by chance, which no prediction could match.
 
     Returns:
         `tuple[float, int]`: the share of pairs ordered alike (0.5 is chance; NaN without any pair), and how many pairs.
@@ -144,7 +153,8 @@ def sibling_ranking(predicted: Sequence[Sequence[float]], reference: Sequence[Se
             raise ValueError(f"State {index} has {len(p_C)} predicted and {len(r_C)} reference values.")
         first, second = np.triu_indices(len(p_C), k=1)
         p, r = np.asarray(p_C, dtype=np.float64), np.asarray(r_C, dtype=np.float64)
-        wanted, given = np.sign(r[first] - r[second]), np.sign(p[first] - p[second])
-        agreements.append((0.5 + 0.5 * wanted * given)[wanted != 0])
+        difference, given = r[first] - r[second], np.sign(p[first] - p[second])
+        told_apart = (difference != 0) & (np.abs(difference) >= min_difference)
+        agreements.append((0.5 + 0.5 * np.sign(difference) * given)[told_apart])
     pairs: Any = np.concatenate(agreements) if agreements else np.empty(0)
     return (float(pairs.mean()) if pairs.size else float("nan")), int(pairs.size)

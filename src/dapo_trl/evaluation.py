@@ -109,7 +109,9 @@ def evaluate_policy(
         flat = [completion for completions in group for completion in completions]
         rewards = reward_function(
             prompts=[prompt for prompt in problems["prompt"] for _ in range(n)],
-            completions=[_as_completion(prompt, c.text) for prompt, cs in zip(problems["prompt"], group) for c in cs],
+            completions=[
+                _as_completion(prompt, c.text) for prompt, cs in zip(problems["prompt"], group, strict=True) for c in cs
+            ],
             **{name: [value for value in column for _ in range(n)] for name, column in columns.items()},
         )
         judged = [
@@ -163,7 +165,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """
     if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
         raise ValueError(
-            f"Expected 0 <= num_correct <= num_samples and 1 <= k <= num_samples, got {num_correct=}, {num_samples=}, {k=}."
+            f"Expected 0 <= num_correct <= num_samples and 1 <= k <= num_samples, got {num_correct=}, {num_samples=}, "
+            f"{k=}."
         )
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
 from reprlib import Repr
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
@@ -42,7 +42,7 @@ _repr = Repr()
 _repr.maxlist = _repr.maxdict = 8
 _repr.maxstring = _repr.maxother = 80
 
-Rows = Dataset | Iterable[Mapping[str, Any]]
+Rows: TypeAlias = Dataset | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ def check_dataset(dataset: Rows, format: str | None = None) -> FormatReport:
     columns = _column_names(dataset)
     format = _detect(columns, format)
     check = _CHECKS[format]
-    num_steps, num_bad, first, kinds = 0, 0, "", set()
+    num_steps, num_bad, first = 0, 0, ""
+    kinds: set[type] = set()
     for index, row in enumerate(_rows(dataset, format, columns)):
         try:
             num_steps += check(row)
@@ -350,7 +351,8 @@ def _check_numbers(values: Any, column: str, length: int, each: str, bounded: bo
         raise _BadRow(column, f"expected {length} numbers, {each}", values, "Add or drop the entries that differ.")
     low, high = (0.0, 1.0) if bounded else (-float("inf"), float("inf"))
     for i, value in enumerate(values):
-        if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
+        kind = type(value)
+        if kind is not float and (not issubclass(kind, Real) or kind is bool):
             raise _BadRow(column, f"entry {i} is not a number", values, "Fill it in or drop the row.")
         if not low <= value <= high or value - value != 0:
             problem = f"entry {i} is not {'in [0, 1]' if bounded else 'finite'}"
@@ -375,7 +377,8 @@ def _check_rewards(rewards: Any, length: int, each: str) -> None:
 
 
 def _check_monte_carlo(row: Mapping[str, Any], length: int, each: str) -> None:
-    successes, rollouts = row.get("mc_successes"), row.get("mc_rollouts")
+    successes: Any = row.get("mc_successes")
+    rollouts: Any = row.get("mc_rollouts")
     for column, counts in (("mc_successes", successes), ("mc_rollouts", rollouts)):
         if counts is None:
             raise _BadRow(

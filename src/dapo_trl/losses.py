@@ -1,8 +1,8 @@
 """
 The two losses of Direct Advantage Policy Optimization, as pure functions of tensors.
 
-Shapes: P pairs (state, action), S states. Both losses are means over *everything the optimizer step sees*: a caller that
-splits a step into micro-batches asks for `reduction="sum"` and divides by the total weight itself.
+Shapes: P pairs (state, action), S states. Both losses are means over *everything the optimizer step sees*: a caller
+that splits a step into micro-batches asks for `reduction="sum"` and divides by the total weight itself.
 """
 
 import torch

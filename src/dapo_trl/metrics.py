@@ -12,8 +12,8 @@ from accelerate.utils.operations import recursively_apply
 
 class RatioMetrics:
     """
-    Collects metrics as sums of numerators and denominators, so that what is logged is a mean over pairs or states, not a
-    mean of means over batches of different size.
+    Collects metrics as sums of numerators and denominators, so that what is logged is a mean over pairs or states, not
+    a mean of means over batches of different size.
 
     Example:
 

@@ -13,7 +13,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
 )
 from transformers.utils import is_peft_available
 from trl.trainer.utils import create_model_from_path, get_config_model_id
@@ -23,12 +22,15 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
 
+    from dapo_trl.dapo_config import DAPOConfig
+    from dapo_trl.step_critic_config import StepCriticConfig
+
 _CLASSIFIERS = ("ForTokenClassification", "ForSequenceClassification", "RewardModel")
 
 
 def load_policy(
     model: "str | PreTrainedModel | PeftModel",
-    args: TrainingArguments,
+    args: "DAPOConfig | StepCriticConfig",
     quantization_config: "BitsAndBytesConfig | None" = None,
 ) -> "PreTrainedModel | PeftModel":
     """
@@ -37,7 +39,7 @@ def load_policy(
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Name on the Hub, path of a folder, or instance.
-        args ([`~transformers.TrainingArguments`]):
+        args ([`DAPOConfig`] or [`StepCriticConfig`]):
             Configuration with `model_init_kwargs` and `trust_remote_code`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization, for a model given by name or path.
@@ -46,21 +48,21 @@ def load_policy(
         The model.
 
     Raises:
-        ValueError: if the path does not exist, the model is a classifier (such as a step critic) or an encoder-decoder, or
-            arguments for loading are given with an instance.
+        ValueError: if the path does not exist, the model is a classifier (such as a step critic) or an encoder-decoder,
+            or arguments for loading are given with an instance.
     """
     if isinstance(model, str):
         _check_policy(read_config(model, args), model)
         return create_model_from_path(model, **_init_kwargs(args, quantization_config))
     _refuse_loading_arguments(args, quantization_config)
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = _base_model(model)
     _check_policy(base.config, get_config_model_id(base.config) or type(base).__name__, type(base).__name__)
     return model
 
 
 def load_critic(
     model: "str | PreTrainedModel | PeftModel",
-    args: TrainingArguments,
+    args: "DAPOConfig | StepCriticConfig",
     quantization_config: "BitsAndBytesConfig | None" = None,
 ) -> "PreTrainedModel | PeftModel":
     """
@@ -68,9 +70,9 @@ def load_critic(
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Name or path of any causal language model (its backbone is used under a new scalar head) or of a step critic,
-            or an instance of `AutoModelForTokenClassification` with one label.
-        args ([`~transformers.TrainingArguments`]):
+            Name or path of any causal language model (its backbone is used under a new scalar head) or of a step
+            critic, or an instance of `AutoModelForTokenClassification` with one label.
+        args ([`DAPOConfig`] or [`StepCriticConfig`]):
             Configuration with `model_init_kwargs` and `trust_remote_code`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization, for a model given by name or path.
@@ -79,19 +81,20 @@ def load_critic(
         The model.
 
     Raises:
-        ValueError: if the path does not exist, an instance is no token classifier with one label, or arguments for loading
-            are given with an instance.
+        ValueError: if the path does not exist, an instance is no token classifier with one label, or arguments for
+            loading are given with an instance.
     """
     if isinstance(model, str):
         read_config(model, args)
         kwargs = _init_kwargs(args, quantization_config) | {"num_labels": 1}
-        return create_model_from_path(model, AutoModelForTokenClassification, **kwargs)
+        architecture: Any = AutoModelForTokenClassification  # TRL annotates an instance, but takes the class
+        return create_model_from_path(model, architecture, **kwargs)
     _refuse_loading_arguments(args, quantization_config)
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = _base_model(model)
     if not type(base).__name__.endswith("ForTokenClassification"):
         raise ValueError(
-            f"A step critic is a token classifier with one label, but `model` is a {type(base).__name__}. Pass the name or "
-            "path of the model instead: its backbone is then loaded under a new scalar head."
+            f"A step critic is a token classifier with one label, but `model` is a {type(base).__name__}. Pass the "
+            "name or path of the model instead: its backbone is then loaded under a new scalar head."
         )
     if base.config.num_labels != 1:
         raise ValueError(
@@ -101,7 +104,7 @@ def load_critic(
     return model
 
 
-def read_config(model: str, args: TrainingArguments) -> PretrainedConfig:
+def read_config(model: str, args: "DAPOConfig | StepCriticConfig") -> PretrainedConfig:
     """
     Configuration of a model given by name or path, read before any weights are loaded.
 
@@ -111,20 +114,22 @@ def read_config(model: str, args: TrainingArguments) -> PretrainedConfig:
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or (os.sep != "/" and os.sep in model)
     if looks_like_path and not os.path.isdir(model):
         raise ValueError(f"`model` is {model!r}, but there is no such folder. Check the path.")
-    kwargs = args.model_init_kwargs or {}
+    kwargs = _model_init_kwargs(args)
     try:
         return AutoConfig.from_pretrained(
             model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
         )
     except OSError as error:
         raise ValueError(
-            f"`model` is {model!r}, which is neither a local folder with a `config.json` nor a model that can be reached on "
-            "the Hub. Check the name and your connection."
+            f"`model` is {model!r}, which is neither a local folder with a `config.json` nor a model that can be "
+            "reached on the Hub. Check the name and your connection."
         ) from error
 
 
 def load_tokenizer(
-    processing_class: PreTrainedTokenizerBase | None, model: "PreTrainedModel | PeftModel", args: TrainingArguments
+    processing_class: PreTrainedTokenizerBase | None,
+    model: "PreTrainedModel | PeftModel",
+    args: "DAPOConfig | StepCriticConfig",
 ) -> PreTrainedTokenizerBase:
     """
     The tokenizer, with a padding token that the model's configuration agrees with.
@@ -134,7 +139,7 @@ def load_tokenizer(
             Tokenizer; `None` loads the model's own.
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model that it is for.
-        args ([`~transformers.TrainingArguments`]):
+        args ([`DAPOConfig`] or [`StepCriticConfig`]):
             Configuration with `trust_remote_code`.
 
     Returns:
@@ -153,13 +158,13 @@ def load_tokenizer(
         processing_class = AutoTokenizer.from_pretrained(model_id, trust_remote_code=args.trust_remote_code)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
-            f"`processing_class` must be a tokenizer, got {type(processing_class).__name__}. Processors of vision-language "
-            "models are not supported."
+            f"`processing_class` must be a tokenizer, got {type(processing_class).__name__}. Processors of "
+            "vision-language models are not supported."
         )
     if processing_class.eos_token_id is None:
         raise ValueError(
-            "The tokenizer has no `eos_token`, so the end of a solution could not be learned. Set `tokenizer.eos_token` to "
-            "the token that your model ends its answers with."
+            "The tokenizer has no `eos_token`, so the end of a solution could not be learned. Set "
+            "`tokenizer.eos_token` to the token that your model ends its answers with."
         )
     if processing_class.pad_token_id is None:
         processing_class.pad_token = processing_class.eos_token
@@ -170,7 +175,7 @@ def load_tokenizer(
 
 
 def add_adapter(
-    model: "PreTrainedModel | PeftModel", peft_config: "PeftConfig | None", args: TrainingArguments
+    model: "PreTrainedModel | PeftModel", peft_config: "PeftConfig | None", args: "DAPOConfig | StepCriticConfig"
 ) -> "PreTrainedModel | PeftModel":
     """
     Wrap the model with an adapter, if one is asked for.
@@ -180,7 +185,7 @@ def add_adapter(
             Model to wrap.
         peft_config ([`~peft.PeftConfig`] or `None`):
             Adapter; `None` leaves the model as it is.
-        args ([`~transformers.TrainingArguments`]):
+        args ([`DAPOConfig`] or [`StepCriticConfig`]):
             Configuration; reads `deepspeed_plugin` and `gradient_checkpointing`.
 
     Returns:
@@ -200,19 +205,19 @@ def add_adapter(
             raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, got {type(peft_config).__name__}.")
         if peft_config.is_prompt_learning:
             raise ValueError(
-                f"`peft_config` is prompt learning ({peft_config.peft_type}), whose virtual tokens would shift every step. "
-                "Use LoRA, for example `peft.LoraConfig()`."
+                f"`peft_config` is prompt learning ({peft_config.peft_type}), whose virtual tokens would shift every "
+                "step. Use LoRA, for example `peft.LoraConfig()`."
             )
         if is_peft_model(model):
             raise ValueError(
                 "`model` already has an adapter, and `peft_config` asks for another one. Omit `peft_config` to go on "
                 "training it, or merge it first with `model.merge_and_unload()`."
             )
-        # DeepSpeed ZeRO-3 gathers parameters into buffers of one dtype, so the adapter must keep the model's. Can go once
-        # https://github.com/deepspeedai/DeepSpeed/issues/8072 is fixed.
+        # DeepSpeed ZeRO-3 gathers parameters into buffers of one dtype, so the adapter must keep the model's. Can go
+        # once https://github.com/deepspeedai/DeepSpeed/issues/8072 is fixed.
         is_zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
         is_quantized = getattr(model, "is_quantized", False)
-        kwargs = {"autocast_adapter_dtype": False} if is_zero3 and not is_quantized else {}
+        kwargs: dict[str, Any] = {"autocast_adapter_dtype": False} if is_zero3 and not is_quantized else {}
         model = get_peft_model(model, peft_config, **kwargs)
     if is_peft_model(model) and args.gradient_checkpointing:
         # Checkpointed layers need an input that requires a gradient. Can go once
@@ -221,19 +226,30 @@ def add_adapter(
     return model
 
 
+def _base_model(model: Any) -> Any:
+    """The model under its adapter, where it has one."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
 def _check_policy(config: PretrainedConfig, name: str, class_name: str = "") -> None:
     architectures = [class_name] if class_name else list(config.architectures or [])
     if any(kind in architecture for architecture in architectures for kind in _CLASSIFIERS):
         raise ValueError(
-            f"`model` is {name!r}, a {architectures[0]}: that looks like a critic or reward model. A policy must be a causal "
-            "language model."
+            f"`model` is {name!r}, a {architectures[0]}: that looks like a critic or reward model. A policy must be a "
+            "causal language model."
         )
     if config.is_encoder_decoder:
         raise ValueError(f"`model` is {name!r}, an encoder-decoder model. Only causal language models are supported.")
 
 
-def _init_kwargs(args: TrainingArguments, quantization_config: Any) -> dict[str, Any]:
-    kwargs = dict(args.model_init_kwargs or {})
+def _model_init_kwargs(args: "DAPOConfig | StepCriticConfig") -> dict[str, Any]:
+    """A copy of `model_init_kwargs`. The configuration has read them by now, if they were given as JSON."""
+    kwargs: Any = args.model_init_kwargs
+    return dict(kwargs or {})
+
+
+def _init_kwargs(args: "DAPOConfig | StepCriticConfig", quantization_config: Any) -> dict[str, Any]:
+    kwargs = _model_init_kwargs(args)
     if quantization_config is not None:
         if "quantization_config" in kwargs:
             raise ValueError("`quantization_config` is given twice: to the trainer and in `model_init_kwargs`.")
@@ -244,7 +260,7 @@ def _init_kwargs(args: TrainingArguments, quantization_config: Any) -> dict[str,
     return kwargs
 
 
-def _refuse_loading_arguments(args: TrainingArguments, quantization_config: Any) -> None:
+def _refuse_loading_arguments(args: "DAPOConfig | StepCriticConfig", quantization_config: Any) -> None:
     if args.model_init_kwargs is not None or quantization_config is not None:
         name = "quantization_config" if quantization_config is not None else "model_init_kwargs"
         raise ValueError(f"`{name}` applies when a model is loaded, but `model` is an instance. Pass its name or path.")

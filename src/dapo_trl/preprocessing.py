@@ -1,7 +1,8 @@
 """
 Rows of any format -> tokenized rows for the two trainers; what is left out is counted.
 
-A tokenized row has `context_ids` (ids of the state) and `branches` (chains of steps that follow it), see `collators.py`.
+A tokenized row has `context_ids` (ids of the state) and `branches` (chains of steps that follow it), see
+`collators.py`.
 """
 
 import logging
@@ -127,9 +128,9 @@ def check_fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> N
     for index, fingerprint in enumerate(dataset["tokenizer_fingerprint"]):
         if fingerprint != own:
             raise ValueError(
-                f"Row {index}: its token ids come from a tokenizer with fingerprint {fingerprint!r}, this model's tokenizer "
-                f"has {own!r}. Use the tokenizer of the model that sampled the data, or remove the columns that end in "
-                "`_ids` to tokenize the text again."
+                f"Row {index}: its token ids come from a tokenizer with fingerprint {fingerprint!r}, this model's "
+                f"tokenizer has {own!r}. Use the tokenizer of the model that sampled the data, or remove the columns "
+                "that end in `_ids` to tokenize the text again."
             )
 
 
@@ -137,8 +138,8 @@ def truncate_row(row: dict[str, Any], max_length: int | None) -> tuple[dict[str,
     """
     Remove whole steps until no sequence of the row exceeds `max_length` tokens.
 
-    A chain of steps loses its tail; a candidate that does not fit is removed. Columns with a number per step or per state
-    lose the same entries.
+    A chain of steps loses its tail; a candidate that does not fit is removed. Columns with a number per step or per
+    state lose the same entries.
 
     Args:
         row (`dict`):
@@ -151,7 +152,9 @@ def truncate_row(row: dict[str, Any], max_length: int | None) -> tuple[dict[str,
     """
     if max_length is None:
         return row, 0
-    branches, kept, position = [], [], 0
+    branches: list[list[list[int]]] = []
+    kept: list[int] = []
+    position = 0
     for branch in row["branches"]:
         ends = accumulate(map(len, branch), initial=len(row["context_ids"]))
         fitting = sum(end <= max_length for end in ends) - 1
@@ -198,8 +201,8 @@ def prepare_policy_dataset(
             Processes that tokenize.
 
     Returns:
-        `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts: `rows`, `rows_kept`, `steps`, `steps_truncated` (did
-        not fit into `max_length`), `rows_too_long` (no step fitted), `rows_without_contrast` (gap too small).
+        `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts: `rows`, `rows_kept`, `steps`, `steps_truncated`
+        (did not fit into `max_length`), `rows_too_long` (no step fitted), `rows_without_contrast` (gap too small).
 
     Raises:
         TypeError: if `dataset` is no `Dataset`.
@@ -216,9 +219,9 @@ def prepare_policy_dataset(
         )
     if row_format == "preference":
         logger.warning(
-            f"`{name}_dataset` holds preference pairs: each is taken as one state, the prompt, with two whole solutions as "
-            "its candidates (advantages 0.5 and -0.5). That works, but steps with values of their own teach more: see "
-            "`docs/formats.md`."
+            f"`{name}_dataset` holds preference pairs: each is taken as one state, the prompt, with two whole "
+            "solutions as its candidates (advantages 0.5 and -0.5). That works, but steps with values of their own "
+            "teach more: see `docs/formats.md`."
         )
     check_fingerprint(dataset, tokenizer)
 
@@ -266,8 +269,8 @@ def prepare_critic_dataset(
     row_format = check_dataset(dataset).format
     if row_format != "solution":
         raise ValueError(
-            f"A step critic learns from solution rows (`prompt`, `completions`, `values`), but `{name}_dataset` has the "
-            f"{row_format} format."
+            f"A step critic learns from solution rows (`prompt`, `completions`, `values`), but `{name}_dataset` has "
+            f"the {row_format} format."
         )
     check_fingerprint(dataset, tokenizer)
 
@@ -282,8 +285,8 @@ def prepare_critic_dataset(
 def _check_kind(dataset: Any, name: str) -> None:
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"`{name}_dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}. Rows are checked, filtered and "
-            "counted before training starts, so a stream must be read first: `Dataset.from_list(list(stream))`."
+            f"`{name}_dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}. Rows are checked, filtered "
+            "and counted before training starts, so a stream must be read first: `Dataset.from_list(list(stream))`."
         )
 
 
@@ -331,7 +334,8 @@ def _explain(
         )
     if report["rows_without_contrast"]:
         reasons.append(
-            f"{report['rows_without_contrast']} states have an advantage gap below `min_advantage_gap={min_advantage_gap}`"
+            f"{report['rows_without_contrast']} states have an advantage gap below "
+            f"`min_advantage_gap={min_advantage_gap}`"
         )
     if not report["rows_kept"]:
         raise ValueError(

@@ -19,14 +19,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset
 
 from dapo_trl.formats import Rows, check_dataset
 
 
-Source = str | os.PathLike[str] | Rows
+Source: TypeAlias = str | os.PathLike[str] | Rows
 
 # Math-Shepherd's tag at the end of a step, an otherwise unused token of its tokenizer.
 _SHEPHERD_TAG = "ки"
@@ -166,7 +166,8 @@ def read_prm800k(
         raise ValueError(f"`neutral` is a value and must be in [0, 1], got {neutral}")
     values = {1: 1.0, 0: float(neutral), -1: 0.0}
     read = _prm800k_solution if rows == "solution" else _prm800k_states
-    kept, counts = [], Counter()
+    kept: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
     for line in _records(source, ("question", "label")):
         steps = [_prm800k_step(step, values, step_separator) for step in line["label"]["steps"]]
         shared = {"prompt": line["question"]["problem"]}
@@ -211,7 +212,8 @@ def read_math_shepherd(source: Source, initial_value: float | None = None) -> tu
 
     ```
     """
-    rows, counts = [], Counter()
+    rows: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
     for record in _records(source, ("input", "label")):
         counts["read"] += 1
         try:
@@ -246,7 +248,8 @@ def read_processbench(
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not ProcessBench, or no row could be kept.
     """
-    rows, counts = [], Counter()
+    rows: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
     for record in _records(source, ("problem", "steps", "final_answer_correct", "label")):
         counts["read"] += 1
         steps, error = record["steps"], record["label"]
@@ -273,7 +276,8 @@ def _prm800k_step(step: Mapping[str, Any], values: Mapping[int, float], separato
     def read(completion: Mapping[str, Any], default: int | None = None) -> tuple[str, float | None]:
         text, rating = completion["text"], completion.get("rating")
         rating = default if rating is None else rating
-        return text if "# Answer" in text or not text else text + separator, values.get(rating)
+        value = None if rating is None else values.get(rating)
+        return text if "# Answer" in text or not text else text + separator, value
 
     completions = [read(completion) for completion in step["completions"] or []]
     chosen, human = step["chosen_completion"], step["human_completion"]

@@ -72,7 +72,8 @@ class Rollouts:
         solutions ([`~datasets.Dataset`]):
             Solution rows with `values`, `mc_successes`, `mc_rollouts` for states 0..K.
         states ([`~datasets.Dataset`]):
-            State rows with `candidates`, `counts`, Monte Carlo `values`, and `rewards` of candidates that end the solution.
+            State rows with `candidates`, `counts`, Monte Carlo `values`, and `rewards` of candidates that end the
+            solution.
         report (`dict[str, int]`):
             Counts of what was sampled, kept, left out and why.
     """
@@ -119,9 +120,9 @@ def collect_rollouts(
     """
     Sample solutions, keep some, sample completions from every state of those, and turn them into rows with step values.
 
-    A state that several solutions share is estimated once, and a completion counts for every state it passes through (see
-    [`~dapo_trl.values.prefix_counts`]). A truncated completion counts as wrong; one that cannot be judged counts not at
-    all. Both are in the report.
+    A state that several solutions share is estimated once, and a completion counts for every state it passes through
+    (see [`~dapo_trl.values.prefix_counts`]). A truncated completion counts as wrong; one that cannot be judged counts
+    not at all. Both are in the report.
 
     Args:
         problems ([`~datasets.Dataset`]):
@@ -233,11 +234,12 @@ class _Sampler:
         if reward is None and not truncated:
             self.report["not_judged"] += 1
             return None
-        if not completion.text:
-            self.report["empty"] += 1  # ended at once: there is no step that a row could hold
-            steps_ids, steps = [], ()
-        else:
+        steps_ids: list[tuple[int, ...]] = []
+        steps: tuple[str, ...] = ()
+        if completion.text:
             steps_ids, steps = self._split(completion.ids)
+        else:
+            self.report["empty"] += 1  # ended at once: there is no step that a row could hold
         return _Rollout(steps_ids, steps, 0.0 if truncated or reward is None else float(reward), truncated)
 
     def _split(self, ids: tuple[int, ...]) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
@@ -283,7 +285,9 @@ def _to_rows(trees: list[_Tree], engine: Engine, report: Counter[str]) -> Rollou
     states: list[dict[str, Any]] = []
     for tree in trees:
         counts = _count_outcomes(tree)
-        source = {name: tree.row[name] for name in ("prompt", "answer", "problem_id") if name in tree.row}
+        source: dict[str, Any] = {
+            name: tree.row[name] for name in ("prompt", "answer", "problem_id") if name in tree.row
+        }
         source |= {"prompt_ids": tree.prompt_ids} | lineage
         valued = [solution for solution in tree.kept if all(state in counts for state in _states_of([solution]))]
         report["solutions_without_value"] += len(tree.kept) - len(valued)
@@ -307,7 +311,10 @@ def _count_outcomes(tree: _Tree) -> dict[State, Counts]:
 
 
 def _solution_row(solution: _Rollout, counts: dict[State, Counts]) -> dict[str, Any]:
-    observed = [counts[state] for state in _states_of([solution])] + [Counts(solution.reward, 1)]
+    # The end of a solution has one outcome, seen as often as completions ended there, and in the solution itself.
+    successes, rollouts = counts.get(solution.actions, Counts(0.0, 0))
+    end = Counts(successes + solution.reward, rollouts + 1)
+    observed = [*(counts[state] for state in _states_of([solution])), end]
     return {
         "completions": list(solution.steps),
         "values": [count.value for count in observed],

@@ -29,8 +29,8 @@ class StepCriticConfig(_BaseConfig):
         > Parameters that control the data
 
         max_length (`int`, *optional*, defaults to `2048`):
-            Longest sequence in tokens, prompt included. What exceeds it is cut by whole steps, counted and reported. `None`
-            cuts nothing.
+            Longest sequence in tokens, prompt included. What exceeds it is cut by whole steps, counted and reported.
+            `None` cuts nothing.
         pad_to_multiple_of (`int`, *optional*):
             Pad sequences to a multiple of this length.
         dataset_num_proc (`int`, *optional*):
@@ -40,7 +40,8 @@ class StepCriticConfig(_BaseConfig):
 
         state_weights (`str`, *optional*, defaults to `"rollouts"`):
             Weight of a state in the loss: `"rollouts"` for the binomial likelihood of its counts, `"uniform"` for the
-            paper's plain mean over states. They agree when every state has the same number of rollouts, as in the paper.
+            paper's plain mean over states. They agree when every state has the same number of rollouts, as in the
+            paper.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -49,7 +50,8 @@ class StepCriticConfig(_BaseConfig):
     > - `logging_steps`, `gradient_checkpointing` and `bf16` as in all TRL trainers.
     """
 
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+    # `TrainingArguments` declares it without `ClassVar`, so it cannot have that here.
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate of AdamW. Paper: 5e-6."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data. Paper: 1."})

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from dapo_trl.cards import CRITIC_TEMPLATE, PAPER, save_model_card
+from dapo_trl.cards import CRITIC_TAGS, CRITIC_TEMPLATE, PAPER, save_model_card
 from dapo_trl.collators import DataCollatorForStepCritic
 from dapo_trl.diagnostics import critic_metrics
 from dapo_trl.formats import check_dataset
@@ -47,9 +47,9 @@ class StepCriticTrainer(_BaseTrainer):
     Trainer for the step critic of Direct Advantage Policy Optimization ([arXiv
     2412.18279](https://huggingface.co/papers/2412.18279), NeurIPS 2025). Not ByteDance's DAPO (arXiv 2503.14476).
 
-    The critic predicts the value of every state of a solution: the probability that the reference policy, continuing from
-    there, ends correct. It is a token classifier with one label, read at the last token of the prompt and of every step, all
-    states of a solution from one forward pass, and learns from soft Monte Carlo values by
+    The critic predicts the value of every state of a solution: the probability that the reference policy, continuing
+    from there, ends correct. It is a token classifier with one label, read at the last token of the prompt and of every
+    step, all states of a solution from one forward pass, and learns from soft Monte Carlo values by
     [`~dapo_trl.losses.critic_loss`]. It is a value function, not a process reward model: do not sum it as a reward.
 
     Evaluation reports `bce`, `bce_constant`, `skill`, `brier` and `calibration_error`, see
@@ -63,7 +63,8 @@ class StepCriticTrainer(_BaseTrainer):
 
     >>> row = {"prompt": "4 - 7 max 2\\n", "completions": ["4 - 7 = 3\\n", "3 max 2 = 3\\n", "#### 3"]}
     >>> dataset = Dataset.from_list([row | {"values": [0.5, 0.1, 0.0, 0.0]}])
-    >>> args = StepCriticConfig("runs/doctest", max_steps=1, bf16=False, use_cpu=True, report_to="none", save_strategy="no")
+    >>> kwargs = {"max_steps": 1, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    >>> args = StepCriticConfig("runs/doctest", **kwargs)
     >>> trainer = StepCriticTrainer(model="examples/student", args=args, train_dataset=dataset)
     >>> trainer.train().global_step
     {'train_runtime': ...}
@@ -75,8 +76,8 @@ class StepCriticTrainer(_BaseTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Name or path of a causal language model, whose backbone gets a new scalar head, or of a step critic to go on with;
-            or an instance of `AutoModelForTokenClassification` with one label.
+            Name or path of a causal language model, whose backbone gets a new scalar head, or of a step critic to go on
+            with; or an instance of `AutoModelForTokenClassification` with one label.
         args ([`StepCriticConfig`], *optional*):
             Configuration. `None` takes the defaults.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -89,8 +90,8 @@ class StepCriticTrainer(_BaseTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer. `None` loads the model's own. Without a padding token, its end token pads.
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
-            Own metrics at evaluation instead of the default ones. `predictions` are the logits of all states, `label_ids` of
-            shape `(S, 2)` their successes and rollouts.
+            Own metrics at evaluation instead of the default ones. `predictions` are the logits of all states,
+            `label_ids` of shape `(S, 2)` their successes and rollouts.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Callbacks besides the default ones.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -98,19 +99,26 @@ class StepCriticTrainer(_BaseTrainer):
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization, for a model given by name or path.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train instead of all weights. Use `task_type="TOKEN_CLS"`, so that the head is trained and saved too.
+            Adapter to train instead of all weights. Use `task_type="TOKEN_CLS"`, so that the head is trained and saved
+            too.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
         ValueError: if a row or an argument cannot be used; the message names it and the cure.
     """
 
-    loss_is_scaled_for_ga = True  # by the states of the whole optimizer step, see `_get_num_items_in_batch`
+    loss_is_scaled_for_ga: Any = True  # by the states of the whole optimizer step, see `_get_num_items_in_batch`
 
-    _tag_names = ("trl", "dapo-trl", "step-critic", "value-function")
+    _tag_names = CRITIC_TAGS
     _name = "Step Critic"
     _paper = PAPER
-    _template_file = CRITIC_TEMPLATE
+    _template_file: Any = CRITIC_TEMPLATE
+
+    # types that the parent classes leave wider, or infer from a first value of `None`
+    args: StepCriticConfig
+    model: Any
+    processing_class: PreTrainedTokenizerBase
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -161,8 +169,8 @@ class StepCriticTrainer(_BaseTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError(
-                "`nn.DataParallel` is not supported, and several GPUs are visible to this one process. Start the script "
-                "with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
+                "`nn.DataParallel` is not supported, and several GPUs are visible to this one process. Start the "
+                "script with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
             )
         self.model.add_model_tags(list(self._tag_names))
 
@@ -177,9 +185,9 @@ class StepCriticTrainer(_BaseTrainer):
                 Rows per batch. `None` takes `per_device_eval_batch_size`.
 
         Returns:
-            [`~datasets.Dataset`]: the rows with a column `critic_values`, in [0, 1]: for a solution the values of its K+1
-            states, for a state row one value per candidate, of the state that it leads to. The values of candidates that
-            end the solution are guesses like all others; [`add_advantages`] replaces them by the true `rewards`.
+            [`~datasets.Dataset`]: the rows with a column `critic_values`, in [0, 1]: for a solution the values of its
+            K+1 states, for a state row one value per candidate, of the state that it leads to. The values of candidates
+            that end the solution are guesses like all others; [`add_advantages`] replaces them by the true `rewards`.
 
         Raises:
             ValueError: if the rows are of another format, or one is longer than `max_length`.
@@ -194,8 +202,8 @@ class StepCriticTrainer(_BaseTrainer):
         if self.args.max_length is not None and max(lengths) > self.args.max_length:
             index = lengths.index(max(lengths))
             raise ValueError(
-                f"Row {index} has {lengths[index]} tokens, more than `max_length={self.args.max_length}`. Raise `max_length` "
-                "or leave the row out: every state needs a value."
+                f"Row {index} has {lengths[index]} tokens, more than `max_length={self.args.max_length}`. Raise "
+                "`max_length` or leave the row out: every state needs a value."
             )
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         computed = self._predict_in_order(rows, order, batch_size or self.args.per_device_eval_batch_size)
@@ -254,7 +262,7 @@ class StepCriticTrainer(_BaseTrainer):
         model: torch.nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Loss of a batch: the weighted mean over the states of the whole optimizer step.
@@ -332,7 +340,7 @@ class StepCriticTrainer(_BaseTrainer):
             `dict[str, float]`: metrics.
         """
         if isinstance(eval_dataset, dict):
-            results = {}
+            results: dict[str, float] = {}
             for name, part in eval_dataset.items():
                 results |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return results
@@ -340,30 +348,24 @@ class StepCriticTrainer(_BaseTrainer):
             eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        results: dict[str, Any] | None = None,
-    ) -> None:
+    # transformers and TRL name the arguments differently, so no signature with names fits both.
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
         Write the model card to `args.output_dir`.
 
         Args:
-            model_name (`str`, *optional*):
-                Name of the model.
-            dataset_name (`str`, *optional*):
-                Name of the data set.
-            tags (`str` or `list[str]`, *optional*):
-                Tags besides the trainer's own.
-            results (`dict`, *optional*):
-                Rows of the table of results, see [`~dapo_trl.cards.save_model_card`].
+            *args:
+                The same without names, in the order of `kwargs`.
+            **kwargs:
+                `model_name` (`str`), `dataset_name` (`str`), `tags` (`str` or `list[str]`) besides the trainer's own,
+                and `results` (`dict`), rows of the table of results; all optional, see
+                [`~dapo_trl.cards.save_model_card`].
         """
-        save_model_card(self, super().create_model_card, model_name, dataset_name, tags, results)
+        save_model_card(self, super().create_model_card, *args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.create_model_card(model_name=(self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+        name = self.args.hub_model_id or Path(self.args.output_dir or "").name
+        self.create_model_card(model_name=name.split("/")[-1])
         super()._save_checkpoint(model, trial)
 
 

@@ -247,13 +247,17 @@ def token_ends(
         TypeError: if `ids` is not a flat list of integers.
     """
     ids = _as_list(ids)
-    decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    # the text of one sequence; the tokenizer would take several too, and then return a list
+    decode: Callable[[list[int]], Any] = partial(
+        tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
     silent = set(tokenizer.all_special_ids) if skip_special_tokens else set()
     pieces = _PIECES.setdefault(tokenizer, {True: {}, False: {}})[skip_special_tokens]
-    text = decode(ids) if ids else ""
+    text: str = decode(ids) if ids else ""
     ends, end = [], 0
     context: list[int] = []  # tokens just before the window
-    window, position = [], 0  # tokens whose text is incomplete, where in `text` it starts
+    window: list[int] = []  # tokens whose text is incomplete
+    position = 0  # where in `text` the window starts
     for token in ids:
         if position and not window and (piece := _piece(token, decode, pieces)) and text.startswith(piece, position):
             context, end = [token], position + len(piece)

@@ -1,8 +1,8 @@
 """
 Rows -> token ids, such that a trainer's context is exactly what generation saw.
 
-Where a row carries the sampler's own ids (columns ending in `_ids`) they are used as they are; otherwise text is tokenized
-in its context and cut where the steps end.
+Where a row carries the sampler's own ids (columns ending in `_ids`) they are used as they are; otherwise text is
+tokenized in its context and cut where the steps end.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template
 
     Args:
         prompt (`str` or `list[dict]`):
-            Plain text, tokenized with the tokenizer's special tokens; or messages, rendered with the chat template and its
-            generation prompt.
+            Plain text, tokenized with the tokenizer's special tokens; or messages, rendered with the chat template and
+            its generation prompt.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the policy.
         **template_kwargs:
@@ -72,7 +72,8 @@ def encode_solution(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the policy.
         ended (`bool`, *optional*, defaults to `True`):
-            Whether the policy ended its solution after the last step: its end-of-sequence token then belongs to that step.
+            Whether the policy ended its solution after the last step: its end-of-sequence token then belongs to that
+            step.
         **template_kwargs:
             Passed to the chat template.
 
@@ -154,8 +155,8 @@ def encode_preference(
             Passed to the chat template.
 
     Returns:
-        `tuple[list[int], list[list[int]]]`: ids of the prompt, and of the two completions, each with its end token. What
-        the chat template writes after an assistant message belongs to the completion.
+        `tuple[list[int], list[list[int]]]`: ids of the prompt, and of the two completions, each with its end token.
+        What the chat template writes after an assistant message belongs to the completion.
     """
     if isinstance(row["prompt"], str):
         return encode_state(row["prompt"], [], [row["chosen"], row["rejected"]], [True, True], tokenizer)
@@ -189,8 +190,8 @@ def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwarg
         return prompt, False
     if tokenizer.chat_template is None:
         raise ValueError(
-            "The prompt is conversational, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or give "
-            "the prompt as plain text."
+            "The prompt is conversational, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or "
+            "give the prompt as plain text."
         )
     return apply_chat_template({"prompt": prompt}, tokenizer, **template_kwargs)["prompt"], True
 
@@ -202,15 +203,18 @@ def _encode_text(text: str, is_rendered: bool, tokenizer: PreTrainedTokenizerBas
 
 
 def _token_starts(text: str, ids: list[int], is_rendered: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Character at which each token starts, non-decreasing; a token that straddles the end of a step starts before it."""
+    """
+    Character at which each token starts, non-decreasing; a token that straddles the end of a step starts before it.
+    """
     if tokenizer.is_fast:
         offsets = tokenizer(text, add_special_tokens=not is_rendered, return_offsets_mapping=True).offset_mapping
         return [start for start, _ in offsets[: len(ids)]]
     decoded, ends = token_ends(ids, tokenizer, skip_special_tokens=False)
     if decoded != text:
         raise ValueError(
-            f"{type(tokenizer).__name__} reports no offsets and does not give back the text it encoded, so steps cannot be "
-            "located in its tokens. Use a fast tokenizer, or give the sampler's ids (`prompt_ids`, `completions_ids`)."
+            f"{type(tokenizer).__name__} reports no offsets and does not give back the text it encoded, so steps "
+            "cannot be located in its tokens. Use a fast tokenizer, or give the sampler's ids (`prompt_ids`, "
+            "`completions_ids`)."
         )
     return [0, *ends[:-1]]
 

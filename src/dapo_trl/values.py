@@ -96,17 +96,18 @@ def prefix_counts(samples: Iterable[Sample]) -> dict[State, Counts]:
     """
     Count, for every state that some completion passes through, the outcomes of all completions that pass through it.
 
-    A completion sampled from a state s whose steps lead through s' is also an unbiased sample of the value of s', because
-    given that it passes there, the rest of it was drawn from the same policy. This holds for completions that were drawn
-    freely. It does not hold for a solution that was *kept because of its outcome*: leave those out, except for what they
-    say of states chosen without looking at outcomes, such as the prompt.
+    A completion sampled from a state s whose steps lead through s' is also an unbiased sample of the value of s',
+    because given that it passes there, the rest of it was drawn from the same policy. This holds for completions that
+    were drawn freely. It does not hold for a solution that was *kept because of its outcome*: leave those out, except
+    for what they say of states chosen without looking at outcomes, such as the prompt.
 
     Args:
         samples (iterable of [`Sample`]):
             Freely drawn completions of one problem.
 
     Returns:
-        `dict`: state -> [`Counts`], for the starting states and every state the completions reach, the last one included.
+        `dict`: state -> [`Counts`], for the starting states and every state the completions reach, the last one
+        included.
 
     Example:
 

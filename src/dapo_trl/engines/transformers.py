@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -68,7 +69,7 @@ class TransformersEngine:
             )
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        self.model = model
+        self.model: Any = model  # transformers declares `generate` on a mix-in only
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -113,9 +114,9 @@ class TransformersEngine:
         return output[:, longest:].tolist()
 
     def _generation_config(self, sampling: SamplingConfig, room: int) -> GenerationConfig:
-        # `generate` fills whatever is unset from the model's own generation defaults (Qwen declares a repetition penalty,
-        # a top_k, ...). Values belong to the policy itself, so these are neutralised; only what is declared, because an
-        # explicit neutral setting still costs time in every step.
+        # `generate` fills whatever is unset from the model's own generation defaults (Qwen declares a repetition
+        # penalty, a top_k, ...). Values belong to the policy itself, so these are neutralised; only what is declared,
+        # because an explicit neutral setting still costs time in every step.
         declared = self.model.generation_config
         neutral = {name: value for name, value in _NEUTRAL.items() if getattr(declared, name, None) is not None}
         warpers = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # greedy: not used, and what raises no warning
@@ -133,7 +134,7 @@ class TransformersEngine:
     def _completion(self, ids: list[int]) -> Completion:
         ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
         ids = ids[: ends[0] + 1] if ends else ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: Any = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Completion(tuple(ids), text, "stop" if ends else "length")
 
     def _check_prefixes(self, prefixes: list[list[int]]) -> None:
@@ -142,8 +143,8 @@ class TransformersEngine:
                 raise ValueError(f"Prefix {index} is empty: there is nothing to continue.")
             if len(ids) >= self._context:
                 raise ValueError(
-                    f"Prefix {index} has {len(ids)} tokens and leaves no room in the model's context of {self._context}. "
-                    "Leave the problem out, or use a model with a longer context."
+                    f"Prefix {index} has {len(ids)} tokens and leaves no room in the model's context of "
+                    f"{self._context}. Leave the problem out, or use a model with a longer context."
                 )
 
 

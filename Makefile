@@ -1,0 +1,38 @@
+# Each target does its own set-up: a virtual environment with the versions of constraints.txt. Nothing else is needed.
+#   make demo [SEED=n]   train the tiny student, a few minutes on two CPU cores
+#   make test            the default tests
+#   make check           lint, format, types, spelling
+#   make bench           the measurements behind the README's table
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	$(LAUNCH) examples/math.py --seed $(SEED) --output_dir runs/demo-$(SEED)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+bench: $(READY)
+	$(BIN)/python benchmarks/demo.py
+
+# The requirements are in setup.cfg; a change there, or of the pinned versions, installs anew.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

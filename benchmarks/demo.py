@@ -1,0 +1,140 @@
+"""
+The demo over several seeds: the table of the README, and the record behind it.
+
+    python benchmarks/demo.py [--seeds 0 1 2 3 4] [--output_dir runs/bench]
+
+Each run is `examples/math.py --seed n`: other training problems, samples, critic and policy; the student and the
+1,024 test problems are the same. A run whose `results.json` is there is not repeated. Writes
+`benchmarks/results/demo.json`, and the table between the marks of `benchmarks/README.md` and `README.md`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
+SOURCES = ("critic", "monte_carlo")
+
+
+def run(seed: int, output_dir: Path) -> dict:
+    """One run of the demo in a process of its own, with its wall-clock time."""
+    results = output_dir / "results.json"
+    if not results.exists():
+        command = [sys.executable, str(REPOSITORY / "examples" / "math.py")]
+        start = time.perf_counter()
+        subprocess.run([*command, "--seed", str(seed), "--output_dir", str(output_dir)], check=True)
+        finished = json.loads(results.read_text()) | {"wall_seconds": time.perf_counter() - start}
+        results.write_text(json.dumps(finished, indent=2))
+    return json.loads(results.read_text())
+
+
+def record(runs: dict[int, dict]) -> dict:
+    """What is kept of the runs."""
+    return {
+        "command": "python benchmarks/demo.py --seeds " + " ".join(map(str, runs)),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}, no GPU",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "arguments": {name: value for name, value in next(iter(runs.values()))["arguments"].items() if name != "seed"},
+        "runs": {
+            seed: {name: results[name] for name in ("before", "critic", "policy_critic", "policy_monte_carlo")}
+            | {"seconds": {name: row["seconds"] for name, row in results["stages"].items()}}
+            | {"tokens": sum(row["tokens"] for row in results["stages"].values())}
+            | {"wall_seconds": results["wall_seconds"], "dropped": results["dropped"]}
+            for seed, results in runs.items()
+        },
+    }
+
+
+def percent(estimate: dict) -> str:
+    half = (estimate["high"] - estimate["low"]) / 2
+    return f"{100 * estimate['mean']:.1f} ± {100 * half:.1f}"
+
+
+def table(results: dict) -> str:
+    """Accuracies before and after, a line a seed; then how much each rose, over the seeds."""
+    after = ("critic values", "Monte Carlo values")
+    titles = ("greedy: before", *after, "mean@4: before", *after)
+    lines = [f"| seed | {' | '.join(titles)} | minutes |", "|---" * (len(titles) + 2) + "|"]
+    rises: dict[tuple[str, str], list[float]] = {}
+    for seed, run in results["runs"].items():
+        cells = []
+        for metric in ("greedy", "mean_at_k"):
+            cells.append(percent(run["before"][metric]))
+            for source in SOURCES:
+                result = run[f"policy_{source}"][metric]
+                rises.setdefault((metric, source), []).append(100 * (result["mean"] - run["before"][metric]["mean"]))
+                cells.append(f"**{percent(result)}**" if source == "critic" else percent(result))
+        lines.append(f"| {seed} | {' | '.join(cells)} | {run['wall_seconds'] / 60:.1f} |")
+    cells = []
+    for metric in ("greedy", "mean_at_k"):
+        cells += ["", *(f"{np.mean(rises[metric, s]):+.1f} ({min(rises[metric, s]):+.1f} or more)" for s in SOURCES)]
+    lines.append(f"| rise | {' | '.join(cells)} | |")
+    return "\n".join(lines)
+
+
+def critic_table(results: dict) -> str:
+    names = {
+        "eval_bce": "BCE",
+        "eval_bce_constant": "best constant's BCE",
+        "eval_skill": "skill",
+        "eval_brier": "Brier",
+        "eval_calibration_error": "calibration error",
+        "eval_sibling_ranking": "siblings ordered alike (0.3 apart)",
+    }
+    lines = [f"| seed | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
+    for seed, run in results["runs"].items():
+        cells = [f"{run['critic'][name]:.3f}" for name in names]
+        lines.append(f"| {seed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def details(results: dict) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    settings = ", ".join(f"`{name}` {value}" for name, value in results["arguments"].items() if value is not None)
+    return (
+        f"Command: `{results['command']}`, {results['date']}. Machine: {results['machine']}. Versions: {versions}.\n\n"
+        f"Arguments: {settings}.\n\n{table(results)}\n\nThe critic on problems held out from its training:\n\n"
+        f"{critic_table(results)}"
+    )
+
+
+def write_between(path: Path, mark: str, text: str) -> None:
+    """Put the text between `<!-- mark -->` and `<!-- /mark -->`."""
+    pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    content, number = pattern.subn(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", path.read_text())
+    if number != 1:
+        raise SystemExit(
+            f"{path} needs the marks <!-- {mark} --> and <!-- /{mark} --> once, found them {number} times."
+        )
+    path.write_text(content)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "bench")
+    arguments = parser.parse_args()
+    results = record({seed: run(seed, arguments.output_dir / f"demo-{seed}") for seed in arguments.seeds})
+    path = REPOSITORY / "benchmarks" / "results" / "demo.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    results = json.loads(path.read_text())
+    write_between(REPOSITORY / "benchmarks" / "README.md", "demo", details(results))
+    write_between(REPOSITORY / "README.md", "demo table", table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
