@@ -5,7 +5,8 @@ The demo over several seeds: the table of the README, and the record behind it.
 
 Each run is `examples/math.py --seed n`: other training problems, samples, critic and policy; the student and the
 1,024 test problems are the same. A run whose `results.json` is there is not repeated. Writes
-`benchmarks/results/demo.json`, and the table between the marks of `benchmarks/README.md` and `README.md`.
+`benchmarks/results/demo.json`, the table between the marks of `benchmarks/README.md` and `README.md`, and the README's
+figure.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -130,6 +132,8 @@ def main() -> None:
     path = REPOSITORY / "benchmarks" / "results" / "demo.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
+    first = arguments.output_dir / f"demo-{arguments.seeds[0]}"
+    shutil.copy(first / "values.png", REPOSITORY / "docs" / "images" / "values.png")
     results = json.loads(path.read_text())
     write_between(REPOSITORY / "benchmarks" / "README.md", "demo", details(results))
     write_between(REPOSITORY / "README.md", "demo table", table(results))

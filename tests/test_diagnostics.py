@@ -92,7 +92,6 @@ class TestCriticMetrics:
         assert critic_metrics([0.0, 1.0], [0, 5], [5, 5])["skill"] == pytest.approx(1, abs=1e-6)
         assert critic_metrics([1.0, 0.0], [0, 5], [5, 5])["bce"] == pytest.approx(7 * math.log(10), rel=1e-6)
 
-    @pytest.mark.xfail(strict=True, reason="the constant's cross-entropy is 1e-7, not 0, and `skill` divides by it")
     @pytest.mark.parametrize("outcome", [0, 1])
     def test_no_skill_where_nothing_is_to_be_predicted(self, outcome):
         """All outcomes alike: the constant is perfect, its cross-entropy 0; skill would divide by it and reads 0."""
@@ -170,6 +169,24 @@ class TestSiblingRanking:
         predicted, expected = ([[rng.randint(0, 4) / 4 for _ in range(size)] for size in sizes] for _ in range(2))
         slow = reference.sibling_ranking(predicted, expected)
         assert sibling_ranking(predicted, expected) == pytest.approx(slow, rel=1e-12)
+
+    def test_close_pairs_can_be_left_out(self):
+        """Of the differences 0.3, 0.2 and 0.1, only the first is at least 0.25: that pair is ordered alike."""
+        assert sibling_ranking([[0.9, 0.1, 0.0]], [[0.5, 0.2, 0.3]], min_difference=0.25) == (1.0, 1)
+
+    @pytest.mark.parametrize(
+        ("values", "successes", "rollouts", "message"),
+        [
+            ([0.5, 1.5], [1, 1], [2, 2], r"1 states have no value in \[0, 1\]; state 1 is the first, with value 1.5"),
+            ([float("nan")], [1], [2], "have no value"),
+            ([0.5], [3], [2], "3 successes and 2 rollouts"),
+            ([0.5], [float("nan")], [2], "from 0 to all of their rollouts"),
+            ([], [], [], "no state to judge"),
+        ],
+    )
+    def test_bad_numbers(self, values, successes, rollouts, message):
+        with pytest.raises(ValueError, match=message):
+            critic_metrics(values, successes, rollouts)
 
     def test_limits(self):
         """The reference itself ranks perfectly, its reverse never, a constant is chance; only the order counts."""

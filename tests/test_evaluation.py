@@ -236,7 +236,6 @@ class TestEvaluatePolicy:
             evaluate_policy(PROBLEMS.select([]), engine, math_reward, SamplingConfig())
         assert engine.calls == []
 
-    @pytest.mark.xfail(strict=True, reason="`k` is checked by `pass_at_k`, after all the sampling")
     @pytest.mark.parametrize("k", [0, -1])
     def test_refuses_k_before_sampling(self, k):
         engine = FakeEngine(ANSWERS)

@@ -97,11 +97,11 @@ def minimisers(ref_logps, advantages, beta, nu) -> torch.Tensor:
     targets = advantages / beta
     low = torch.full_like(targets[..., :1], -300.0)  # log lambda
     high = torch.full_like(low, 30.0)
-    for _ in range(100):
+    for _ in range(80):
         log_lambda = (low + high) / 2
         x = log_lambda + ref_logps - nu.log() + targets
         y = torch.minimum(x, x.clamp(min=1.0).log())
-        for _ in range(20):
+        for _ in range(10):
             y = y - (y.exp() + y - x) / (y.exp() + 1)
         logps = ref_logps + targets - y.exp()
         is_too_small = logps.logsumexp(-1, keepdim=True) > 0
@@ -413,7 +413,7 @@ class TestImprovementOfAllStates:
         policy, optimal = trees.reference, trees.optimal_values()
         before = trees.values(policy)
         first_gap = (optimal[0] - before[0]).max()
-        for _ in range(30):
+        for _ in range(20):
             policy = trees.improved(policy)
             after = trees.values(policy)
             assert all((new >= old - 1e-12).all() for new, old in zip(after, before, strict=True))
@@ -427,7 +427,7 @@ class TestImprovementOfAllStates:
         """
         trees = Trees(0.5, num_trees=20, num_steps=3)
         before = trees.values(trees.reference, beta=0)
-        for _ in range(30):
+        for _ in range(20):
             improved = trees.improved(trees.reference)
             regularised, after = trees.values(improved), trees.values(improved, beta=0)
             for old, middle, new in zip(before, regularised, after, strict=True):

@@ -40,7 +40,7 @@ def critic_metrics(
         - `calibration_error`: expected calibration error over ten bins.
 
     Raises:
-        ValueError: if lengths differ or a state has no rollout.
+        ValueError: if lengths differ, there is no state, or a number is out of range.
 
     Example:
 
@@ -54,13 +54,11 @@ def critic_metrics(
     ```
     """
     v_S, k_S, n_S = (np.asarray(x, dtype=np.float64) for x in (values, successes, rollouts))
-    if not v_S.shape == k_S.shape == n_S.shape:
-        raise ValueError(f"Lengths differ: {len(v_S)} values, {len(k_S)} successes, {len(n_S)} rollouts.")
-    if not (n_S > 0).all():
-        raise ValueError("Every state needs at least one rollout.")
-    target_S = k_S / n_S
+    _check_states(v_S, k_S, n_S)
+    target_S, mean = k_S / n_S, k_S.sum() / n_S.sum()
     bce = binary_cross_entropy(v_S, target_S, n_S)
-    bce_constant = binary_cross_entropy(np.full_like(v_S, k_S.sum() / n_S.sum()), target_S, n_S)
+    # Where all outcomes are alike, a constant knows them all: there is nothing to be skilled at.
+    bce_constant = binary_cross_entropy(np.full_like(v_S, mean), target_S, n_S) if 0 < mean < 1 else 0.0
     brier_S = v_S**2 - 2 * v_S * target_S + target_S  # mean of (v - outcome)^2 over the outcomes of a state
     return {
         "bce": bce,
@@ -84,7 +82,7 @@ def binary_cross_entropy(values: np.ndarray, targets: np.ndarray, weights: np.nd
             Weights of the states.
 
     Returns:
-        `float`. For a constant equal to the weighted mean target it is the entropy of that mean; 0 if that is 0 or 1.
+        `float`. For a constant equal to the weighted mean target it is the entropy of that mean.
     """
     v_S = np.clip(values, _EPSILON, 1 - _EPSILON)
     losses = -targets * np.log(v_S) - (1 - targets) * np.log1p(-v_S)
@@ -158,3 +156,22 @@ def sibling_ranking(
         agreements.append((0.5 + 0.5 * np.sign(difference) * given)[told_apart])
     pairs: Any = np.concatenate(agreements) if agreements else np.empty(0)
     return (float(pairs.mean()) if pairs.size else float("nan")), int(pairs.size)
+
+
+def _check_states(v_S: np.ndarray, k_S: np.ndarray, n_S: np.ndarray) -> None:
+    """Refuse numbers that are no values and no counts, naming the first state that has them."""
+    if not v_S.shape == k_S.shape == n_S.shape:
+        raise ValueError(f"Lengths differ: {len(v_S)} values, {len(k_S)} successes, {len(n_S)} rollouts.")
+    if v_S.size == 0:
+        raise ValueError("There is no state to judge the critic on.")
+    for problem, is_bad in (
+        ("have no value in [0, 1]", ~((v_S >= 0) & (v_S <= 1))),
+        ("have no rollout", ~(n_S > 0)),
+        ("do not have from 0 to all of their rollouts as successes", ~((k_S >= 0) & (k_S <= n_S))),
+    ):
+        if is_bad.any():
+            first = int(np.argmax(is_bad))
+            raise ValueError(
+                f"{is_bad.sum()} states {problem}; state {first} is the first, with value {v_S[first]:g}, "
+                f"{k_S[first]:g} successes and {n_S[first]:g} rollouts. Every state needs at least one rollout."
+            )

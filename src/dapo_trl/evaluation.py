@@ -100,6 +100,8 @@ def evaluate_policy(
     """
     if len(problems) == 0:
         raise ValueError("There is no problem to evaluate on: the data set is empty.")
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, got {k}.")
     prefixes = [encode_prompt(row["prompt"], engine.tokenizer) for row in problems]
     greedy = engine.generate(prefixes, 1, replace(sampling, temperature=0.0), seed, "Evaluating (greedy)")
     sampled = engine.generate(prefixes, k, sampling, seed, f"Evaluating (mean@{k})")

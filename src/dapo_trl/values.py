@@ -82,10 +82,11 @@ def monte_carlo_values(successes: Sequence[float], rollouts: Sequence[int]) -> n
     k_S, n_S = np.asarray(successes, dtype=np.float64), np.asarray(rollouts, dtype=np.float64)
     if k_S.shape != n_S.shape:
         raise ValueError(f"`successes` and `rollouts` must have the same length, got {k_S.shape} and {n_S.shape}.")
-    if (n_S <= 0).any():
-        raise ValueError(f"State {int(np.argmax(n_S <= 0))} has no rollout, so it has no Monte Carlo value.")
-    if (k_S < 0).any() or (k_S > n_S).any():
-        bad = int(np.argmax((k_S < 0) | (k_S > n_S)))
+    if not (n_S > 0).all():
+        raise ValueError(f"State {int(np.argmax(~(n_S > 0)))} has no rollout, so it has no Monte Carlo value.")
+    in_range = (k_S >= 0) & (k_S <= n_S)
+    if not in_range.all():
+        bad = int(np.argmin(in_range))
         raise ValueError(
             f"State {bad} has {k_S[bad]:g} successes in {n_S[bad]:g} rollouts: expected 0 to {n_S[bad]:g}."
         )
