@@ -3,6 +3,7 @@ The examples, started as a user starts them.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from conftest import REPOSITORY, STUDENT, make_policy, make_tokenizer
 def launch(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
     """`accelerate launch examples/math.py ...`, as the README has it."""
     accelerate = Path(sys.executable).with_name("accelerate")
-    command = [str(accelerate), "launch", "--num_processes", "1", str(REPOSITORY / "examples" / "math.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    command = [str(accelerate), "launch", str(REPOSITORY / "examples" / "math.py"), *arguments]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # one process, also where GPUs are
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_demo_in_small(tmp_path):
