@@ -528,6 +528,34 @@ def test_evaluating_after_the_reference_is_gone(tmp_path, tokenizer):
         trainer.evaluate(data)
 
 
+def test_evaluating_without_the_given_reference(tmp_path, tokenizer):
+    """A reference that was given and freed is not replaced by the policy, silently, when other data is evaluated."""
+    data = Dataset.from_list(random_state_rows(4))
+    for precompute in (True, False):
+        args = config(tmp_path, precompute_ref_log_probs=precompute)
+        trainer = DAPOTrainer(make_policy(), make_policy(seed=1), args, None, data, data, tokenizer)
+        expected = trainer.evaluate()["eval_kl"]
+        assert abs(expected) > 0.1
+        if precompute:
+            with pytest.raises(ValueError, match="The reference was freed"):
+                trainer.evaluate(data)
+        else:
+            assert trainer.evaluate(data)["eval_kl"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_dropout_spares_the_reference(tmp_path, tokenizer):
+    """With dropout on, the precomputed reference is still the model without dropout."""
+    rows = random_state_rows(4)
+    args = config(tmp_path, disable_dropout=False)
+    policy = make_policy(attention_dropout=0.5)
+    policy.train()
+    trainer = DAPOTrainer(policy, None, args, None, Dataset.from_list(rows), None, tokenizer)
+    refs = [logp for row in trainer.train_dataset["ref_logps"] for logp in row]
+    with torch.no_grad():
+        expected = [step_logps(make_policy(), context, step).item() for context, step, *_ in pairs_of(rows, tokenizer)]
+    assert refs == pytest.approx(expected, abs=1e-4)
+
+
 # ---- Refusals ----
 
 STATE = {"prompt": "a\n", "prefix": [], "candidates": ["b\n", "c\n"], "advantages": [0.5, -0.5]}

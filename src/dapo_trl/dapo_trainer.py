@@ -146,7 +146,8 @@ class DAPOTrainer(_BaseTrainer):
         _refuse_adapted_head(model)
         if continues_adapter and ref_model is None and not args.precompute_ref_log_probs:
             _add_reference_adapter(model)
-        self._reference_is_base = is_peft_model(model) and not continues_adapter
+        self._reference_is_base = ref_model is None and is_peft_model(model) and not continues_adapter
+        self._reference_is_policy = ref_model is None and not self._reference_is_base  # as it was before training
         if args.disable_dropout:
             disable_dropout_in_model(model)
         self.preprocessing_report: dict[str, dict[str, int]] = {}
@@ -250,7 +251,13 @@ class DAPOTrainer(_BaseTrainer):
                     stack.enter_context(use_adapter(policy, None))
                 elif "ref" in policy.peft_config:
                     stack.enter_context(use_adapter(policy, "ref"))
-            yield self.ref_model if self.ref_model is not None else self.model
+            model = self.ref_model if self.ref_model is not None else self.model
+            was_training = model.training
+            model.eval()
+            try:
+                yield model
+            finally:
+                model.train(was_training)
 
     def _precompute_all(self) -> None:
         """Reference log-probabilities of all rows, once; then the reference is freed."""
@@ -422,7 +429,7 @@ class DAPOTrainer(_BaseTrainer):
             `dict[str, float]`: metrics.
 
         Raises:
-            ValueError: if the reference was freed and the policy has been trained since.
+            ValueError: if the reference was freed and the policy is not, or no longer, the same.
         """
         if isinstance(eval_dataset, dict):
             results: dict[str, float] = {}
@@ -432,10 +439,11 @@ class DAPOTrainer(_BaseTrainer):
         if isinstance(eval_dataset, Dataset) and "branches" not in eval_dataset.column_names:
             eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, metric_key_prefix)
             if self.args.precompute_ref_log_probs:
-                if self.state.global_step > 0 and not self._reference_is_base:
+                is_untrained_policy = self._reference_is_policy and self.state.global_step == 0
+                if not (self._reference_is_base or is_untrained_policy):
                     raise ValueError(
-                        "The reference was freed when its log-probabilities had been computed, and `model` has been "
-                        "trained since. Give this data set as `eval_dataset` at construction, or set "
+                        "The reference was freed when its log-probabilities had been computed, and `model` is not, or "
+                        "no longer, the same. Give this data set as `eval_dataset` at construction, or set "
                         "`precompute_ref_log_probs=False`."
                     )
                 eval_dataset = self._precompute(eval_dataset, self.args.per_device_eval_batch_size, metric_key_prefix)

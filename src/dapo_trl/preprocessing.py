@@ -121,8 +121,13 @@ def check_fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> N
     Raises:
         ValueError: if the rows carry ids whose `tokenizer_fingerprint` is not this tokenizer's.
     """
-    has_ids = {"candidates_ids", "completions_ids"} & set(dataset.column_names)
-    if not has_ids or "tokenizer_fingerprint" not in dataset.column_names:
+    if not {"candidates_ids", "completions_ids"} & set(dataset.column_names):
+        return
+    if "tokenizer_fingerprint" not in dataset.column_names:
+        logger.warning(
+            "The rows carry token ids, but no `tokenizer_fingerprint` that says whose. They are used as they are: make "
+            "sure that they come from this model's tokenizer, or remove the columns that end in `_ids`."
+        )
         return
     own = tokenizer_fingerprint(tokenizer)
     for index, fingerprint in enumerate(dataset["tokenizer_fingerprint"]):
