@@ -36,14 +36,16 @@ class RatioMetrics:
 
     def add(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
         """Add to a metric. Both arguments are scalars of this process; they are summed over processes when logged."""
-        self._sums[name].append(torch.stack((numerator.detach().double(), denominator.detach().double())))
+        dtype = torch.float32 if numerator.device.type == "mps" else torch.float64  # which MPS does not have
+        terms = [term.detach().to(numerator.device, dtype) for term in (numerator, denominator)]
+        self._sums[name].append(torch.stack(terms))
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """Ratios since the last call, over all processes; a metric whose denominator is zero is left out."""
         if not self._sums:
             return {}
-        sums = torch.stack([torch.stack(terms).sum(0) for terms in self._sums.values()])
-        totals = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
+        sums = torch.stack([torch.stack(terms).sum(0).to(accelerator.device) for terms in self._sums.values()])
+        totals = accelerator.reduce(sums, reduction="sum").tolist()
         names = list(self._sums)
         self._sums.clear()
         return {name: top / bottom for name, (top, bottom) in zip(names, totals, strict=True) if bottom}
