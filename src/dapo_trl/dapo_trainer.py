@@ -5,13 +5,11 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model, tqdm
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict
 from transformers import (
     DataCollator,
@@ -24,16 +22,15 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import is_peft_available
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, use_adapter
 
-from dapo_trl.cards import PAPER, POLICY_TAGS, POLICY_TEMPLATE, save_model_card
+from dapo_trl.cards import PAPER, POLICY_TAGS, POLICY_TEMPLATE
 from dapo_trl.collators import DataCollatorForStepPolicy
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.losses import dapo_loss
-from dapo_trl.metrics import RatioMetrics, gather_uneven
 from dapo_trl.modeling import add_adapter, load_policy, load_tokenizer
 from dapo_trl.preprocessing import prepare_policy_dataset
+from dapo_trl.step_trainer import _StepTrainer, default_output_dir, row_length
 
 
 if TYPE_CHECKING:
@@ -44,7 +41,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class DAPOTrainer(_BaseTrainer):
+class DAPOTrainer(_StepTrainer):
     """
     Trainer for Direct Advantage Policy Optimization ([arXiv 2412.18279](https://huggingface.co/papers/2412.18279),
     NeurIPS 2025): offline, step-level RL. Not ByteDance's DAPO (arXiv 2503.14476), which TRL offers as a loss of its
@@ -102,19 +99,13 @@ class DAPOTrainer(_BaseTrainer):
         ValueError: if a row or an argument cannot be used; the message names it and the cure.
     """
 
-    loss_is_scaled_for_ga: Any = True  # by the pairs of the whole optimizer step, see `_get_num_items_in_batch`
-
     _tag_names = POLICY_TAGS
     _name = "DAPO"
     _paper = PAPER
     _template_file: Any = POLICY_TEMPLATE
 
-    # types that the parent classes leave wider, or infer from a first value of `None`
     args: DAPOConfig
-    model: Any
-    processing_class: PreTrainedTokenizerBase
     ref_model: torch.nn.Module | None
-    _signature_columns: Any
 
     def __init__(
         self,
@@ -150,10 +141,7 @@ class DAPOTrainer(_BaseTrainer):
         self._reference_is_policy = ref_model is None and not self._reference_is_base  # as it was before training
         if args.disable_dropout:
             disable_dropout_in_model(model)
-        self.preprocessing_report: dict[str, dict[str, int]] = {}
-        train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
-        eval_dataset = self._prepare_eval_dataset(eval_dataset, processing_class, args)
-
+        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, processing_class, args)
         super().__init__(
             model=model,
             args=args,
@@ -166,15 +154,8 @@ class DAPOTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                "`nn.DataParallel` is not supported, and several GPUs are visible to this one process. Start the "
-                "script with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
-            )
         self.ref_model = self._prepare_ref_model(ref_model)
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        self.model.add_model_tags(list(self._tag_names))
-        self._metrics = {"train": RatioMetrics(), "eval": RatioMetrics()}
         self._num_tokens = 0
         if args.precompute_ref_log_probs:
             self._precompute_all()
@@ -195,12 +176,18 @@ class DAPOTrainer(_BaseTrainer):
         )
         return prepared
 
-    def _prepare_eval_dataset(self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: DAPOConfig) -> Any:
-        if dataset is None:
-            return None
-        if isinstance(dataset, dict):
-            return {name: self._prepare_dataset(part, processing_class, args, name) for name, part in dataset.items()}
-        return self._prepare_dataset(dataset, processing_class, args, "eval")
+    def _prepare_if_raw(self, dataset: Any, name: str) -> Any:
+        prepared = super()._prepare_if_raw(dataset, name)
+        if prepared is dataset or not self.args.precompute_ref_log_probs:
+            return prepared
+        is_untrained_policy = self._reference_is_policy and self.state.global_step == 0
+        if not (self._reference_is_base or is_untrained_policy):
+            raise ValueError(
+                "The reference was freed when its log-probabilities had been computed, and `model` is not, or no "
+                "longer, the same. Give this data set as `eval_dataset` at construction, or set "
+                "`precompute_ref_log_probs=False`."
+            )
+        return self._precompute(prepared, self.args.per_device_eval_batch_size, name)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -282,24 +269,18 @@ class DAPOTrainer(_BaseTrainer):
     def _precompute(
         self, dataset: Dataset, batch_size: int, name: str, engine: torch.nn.Module | None = None
     ) -> Dataset:
-        lengths = [
-            len(context) + max(sum(map(len, branch)) for branch in branches)
-            for context, branches in zip(dataset["context_ids"], dataset["branches"], strict=True)
-        ]
-        order = sorted(range(len(dataset)), key=lengths.__getitem__)
-        computed: list[tuple[int, list[float]]] = []
-        # Every process runs the same number of batches: sharded weights are gathered together.
-        with self._reference() as reference, self.accelerator.split_between_processes(order, apply_padding=True) as own:
-            for start in tqdm(range(0, len(own), batch_size), desc=f"Reference log-probabilities ({name})"):
-                indices = own[start : start + batch_size]
+        with self._reference() as reference:
+
+            def score(indices: list[int]) -> list[list[float]]:
                 batch = self.data_collator([dataset[index] for index in indices])
                 logps = self._pair_logps(engine or reference, self._prepare_inputs(batch)).cpu()
-                parts = [logps[batch["state_index"].cpu() == row].tolist() for row in range(len(indices))]
-                computed += zip(indices, parts, strict=True)
-        logps_of = dict(gather_object(computed))
+                return [logps[batch["state_index"].cpu() == row].tolist() for row in range(len(indices))]
+
+            lengths = [row_length(row) for row in dataset]
+            logps = self._score_rows(lengths, batch_size, f"Reference log-probabilities ({name})", score)
         if "ref_logps" in dataset.column_names:
             dataset = dataset.remove_columns("ref_logps")
-        return dataset.add_column("ref_logps", [logps_of[index] for index in range(len(dataset))])
+        return dataset.add_column("ref_logps", logps)
 
     # ---- Loss ----
 
@@ -393,97 +374,22 @@ class DAPOTrainer(_BaseTrainer):
 
     # ---- Trainer hooks ----
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The loop of `Trainer`, which sets its gathering back to the default at its end."""
-        self.gather_function = partial(gather_uneven, self.accelerator)
-        return super().evaluation_loop(*args, **kwargs)
-
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Loss, log-ratios and advantages of a batch; the batches have no labels that `Trainer` would look for."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, outputs["log_ratios"], inputs["advantages"])
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """
-        Evaluate on the data set given at construction, or on another one in any of the row formats.
-
-        Args:
-            eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
-                Data to evaluate on.
-            ignore_keys (`list[str]`, *optional*):
-                Not used.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
-                Prefix of the metrics' names.
-
-        Returns:
-            `dict[str, float]`: metrics.
-
-        Raises:
-            ValueError: if the reference was freed and the policy is not, or no longer, the same.
-        """
-        if isinstance(eval_dataset, dict):
-            results: dict[str, float] = {}
-            for name, part in eval_dataset.items():
-                results |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return results
-        if isinstance(eval_dataset, Dataset) and "branches" not in eval_dataset.column_names:
-            eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, metric_key_prefix)
-            if self.args.precompute_ref_log_probs:
-                is_untrained_policy = self._reference_is_policy and self.state.global_step == 0
-                if not (self._reference_is_base or is_untrained_policy):
-                    raise ValueError(
-                        "The reference was freed when its log-probabilities had been computed, and `model` is not, or "
-                        "no longer, the same. Give this data set as `eval_dataset` at construction, or set "
-                        "`precompute_ref_log_probs=False`."
-                    )
-                eval_dataset = self._precompute(eval_dataset, self.args.per_device_eval_batch_size, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    def _predictions(
+        self, outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return outputs["log_ratios"], inputs["advantages"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the collected metrics to what is logged. An evaluation's loss is the mean over all its pairs."""
+        """Add the metrics of training, collected since the last log, to what is logged."""
         if self.model.training:
-            metrics = self._metrics["train"].pop(self.accelerator) | {"num_tokens": float(self._num_tokens)}
-        else:
-            prefix = next((key[: -len("loss")] for key in logs if key.endswith("_loss")), "eval_")
-            metrics = {prefix + name: value for name, value in self._metrics["eval"].pop(self.accelerator).items()}
-        logs.update(metrics)
+            logs.update(self._metrics["train"].pop(self.accelerator))
+            logs["num_tokens"] = float(self._num_tokens)
         super().log(logs, start_time)
-
-    # transformers and TRL name the arguments differently, so no signature with names fits both.
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """
-        Write the model card to `args.output_dir`.
-
-        Args:
-            *args:
-                The same without names, in the order of `kwargs`.
-            **kwargs:
-                `model_name` (`str`), `dataset_name` (`str`), `tags` (`str` or `list[str]`) besides the trainer's own,
-                and `results` (`dict`), rows of the table of results; all optional, see
-                [`~dapo_trl.cards.save_model_card`].
-        """
-        save_model_card(self, super().create_model_card, *args, **kwargs)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        name = self.args.hub_model_id or Path(self.args.output_dir or "").name
-        self.create_model_card(model_name=name.split("/")[-1])
-        super()._save_checkpoint(model, trial)
 
 
 def _default_args(args: DAPOConfig | None, model: Any) -> DAPOConfig:
     if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return DAPOConfig(f"{name.split('/')[-1]}-DAPO")
+        return DAPOConfig(default_output_dir(model, "DAPO"))
     if not isinstance(args, DAPOConfig):
         raise TypeError(
             f"`args` must be a `DAPOConfig`, got {type(args).__name__}. `DPOConfig` arguments that exist here keep "

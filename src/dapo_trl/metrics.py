@@ -36,9 +36,14 @@ class RatioMetrics:
 
     def add(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
         """Add to a metric. Both arguments are scalars of this process; they are summed over processes when logged."""
-        dtype = torch.float32 if numerator.device.type == "mps" else torch.float64  # which MPS does not have
+        # float64, where a device has it; counts may come from the CPU while the rest is on a device
+        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
         terms = [term.detach().to(numerator.device, dtype) for term in (numerator, denominator)]
         self._sums[name].append(torch.stack(terms))
+
+    def clear(self) -> None:
+        """Forget what was added since the last call of `pop`."""
+        self._sums.clear()
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """Ratios since the last call, over all processes; a metric whose denominator is zero is left out."""

@@ -3,14 +3,11 @@
 """
 
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, tqdm
 from datasets import Dataset, DatasetDict
 from transformers import (
     DataCollator,
@@ -20,18 +17,17 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalPrediction
-from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import disable_dropout_in_model
 
-from dapo_trl.cards import CRITIC_TAGS, CRITIC_TEMPLATE, PAPER, save_model_card
+from dapo_trl.cards import CRITIC_TAGS, CRITIC_TEMPLATE, PAPER
 from dapo_trl.collators import DataCollatorForStepCritic
 from dapo_trl.diagnostics import critic_metrics
 from dapo_trl.formats import check_dataset
 from dapo_trl.losses import critic_loss, critic_weights
-from dapo_trl.metrics import gather_uneven
 from dapo_trl.modeling import add_adapter, load_critic, load_tokenizer
 from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset, tokenize_row
 from dapo_trl.step_critic_config import StepCriticConfig
+from dapo_trl.step_trainer import _StepTrainer, default_output_dir, row_length
 
 
 if TYPE_CHECKING:
@@ -42,7 +38,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class StepCriticTrainer(_BaseTrainer):
+class StepCriticTrainer(_StepTrainer):
     """
     Trainer for the step critic of Direct Advantage Policy Optimization ([arXiv
     2412.18279](https://huggingface.co/papers/2412.18279), NeurIPS 2025). Not ByteDance's DAPO (arXiv 2503.14476).
@@ -107,18 +103,12 @@ class StepCriticTrainer(_BaseTrainer):
         ValueError: if a row or an argument cannot be used; the message names it and the cure.
     """
 
-    loss_is_scaled_for_ga: Any = True  # by the states of the whole optimizer step, see `_get_num_items_in_batch`
-
     _tag_names = CRITIC_TAGS
     _name = "Step Critic"
     _paper = PAPER
     _template_file: Any = CRITIC_TEMPLATE
 
-    # types that the parent classes leave wider, or infer from a first value of `None`
     args: StepCriticConfig
-    model: Any
-    processing_class: PreTrainedTokenizerBase
-    _signature_columns: Any
 
     def __init__(
         self,
@@ -135,8 +125,7 @@ class StepCriticTrainer(_BaseTrainer):
         peft_config: "PeftConfig | None" = None,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = StepCriticConfig(f"{name.split('/')[-1]}-StepCritic")
+            args = StepCriticConfig(default_output_dir(model, "StepCritic"))
         elif not isinstance(args, StepCriticConfig):
             raise TypeError(f"`args` must be a `StepCriticConfig`, got {type(args).__name__}.")
         set_seed(args.seed)  # the head starts from random weights
@@ -145,16 +134,7 @@ class StepCriticTrainer(_BaseTrainer):
         model = add_adapter(model, peft_config, args)
         if args.disable_dropout:
             disable_dropout_in_model(model)
-        self.preprocessing_report: dict[str, dict[str, int]] = {}
-        if train_dataset is not None:
-            train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepare_dataset(part, processing_class, args, name) for name, part in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, processing_class, args, "eval")
-
+        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, processing_class, args)
         super().__init__(
             model=model,
             args=args,
@@ -167,12 +147,6 @@ class StepCriticTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                "`nn.DataParallel` is not supported, and several GPUs are visible to this one process. Start the "
-                "script with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
-            )
-        self.model.add_model_tags(list(self._tag_names))
 
     def predict_values(self, dataset: Dataset, batch_size: int | None = None) -> Dataset:
         """
@@ -198,37 +172,27 @@ class StepCriticTrainer(_BaseTrainer):
             tokenize_row(row, row_format, self.processing_class) | {"context_is_state": row_format == "solution"}
             for row in dataset
         ]
-        lengths = [len(row["context_ids"]) + max(sum(map(len, branch)) for branch in row["branches"]) for row in rows]
+        lengths = [row_length(row) for row in rows]
         if self.args.max_length is not None and max(lengths) > self.args.max_length:
             index = lengths.index(max(lengths))
             raise ValueError(
                 f"Row {index} has {lengths[index]} tokens, more than `max_length={self.args.max_length}`. Raise "
                 "`max_length` or leave the row out: every state needs a value."
             )
-        order = sorted(range(len(rows)), key=lengths.__getitem__)
-        computed = self._predict_in_order(rows, order, batch_size or self.args.per_device_eval_batch_size)
-        values = [computed[index] for index in range(len(rows))]
+
+        def score(indices: list[int]) -> list[list[float]]:
+            inputs = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
+            values = torch.sigmoid(self._state_logits(self.model, inputs)).cpu()
+            sizes = [sum(map(len, rows[i]["branches"])) + rows[i]["context_is_state"] for i in indices]
+            return [part.tolist() for part in values.split(sizes)]
+
+        was_training = self.model.training
+        self.model.eval()
+        values = self._score_rows(lengths, batch_size or self.args.per_device_eval_batch_size, "Critic values", score)
+        self.model.train(was_training)
         if "critic_values" in dataset.column_names:
             dataset = dataset.remove_columns("critic_values")
         return dataset.add_column("critic_values", values)
-
-    def _predict_in_order(
-        self, rows: list[dict[str, Any]], order: list[int], batch_size: int
-    ) -> dict[int, list[float]]:
-        computed: list[tuple[int, list[float]]] = []
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad(), self.accelerator.split_between_processes(order, apply_padding=True) as own:
-            for start in tqdm(range(0, len(own), batch_size), desc="Critic values"):
-                indices = own[start : start + batch_size]
-                inputs = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
-                values = torch.sigmoid(self._state_logits(self.model, inputs)).tolist()
-                for index in indices:
-                    size = sum(map(len, rows[index]["branches"])) + rows[index]["context_is_state"]
-                    computed.append((index, values[:size]))
-                    values = values[size:]
-        self.model.train(was_training)
-        return dict(gather_object(computed))
 
     # ---- Data ----
 
@@ -280,93 +244,29 @@ class StepCriticTrainer(_BaseTrainer):
         Returns:
             `torch.Tensor` or `tuple`: the loss, and `{"logits": ...}` of shape `(S,)`.
         """
-        logits = self._state_logits(model, inputs)
-        counts = (inputs["successes"], inputs["rollouts"])
+        logits, rollouts = self._state_logits(model, inputs), inputs["rollouts"]
+        loss_sum = critic_loss(logits, inputs["successes"], rollouts, self.args.state_weights, reduction="sum")
+        weight = critic_weights(rollouts, self.args.state_weights).sum()
+        if not self.model.training:
+            self._metrics["eval"].add("loss", loss_sum, weight)
         if num_items_in_batch is None:
-            loss = critic_loss(logits, *counts, self.args.state_weights)
+            loss = loss_sum / weight
         else:
             # Gradients are averaged over processes, each of which holds a part of the sum.
-            loss_sum = critic_loss(logits, *counts, self.args.state_weights, reduction="sum")
             loss = loss_sum * self.accelerator.num_processes / num_items_in_batch
         return (loss, {"logits": logits.detach()}) if return_outputs else loss
 
     # ---- Trainer hooks ----
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The loop of `Trainer`, which sets its gathering back to the default at its end."""
-        self.gather_function = partial(gather_uneven, self.accelerator)
-        return super().evaluation_loop(*args, **kwargs)
-
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Loss, logits and counts of a batch; the batches have no labels that `Trainer` would look for."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        labels = torch.stack((inputs["successes"], inputs["rollouts"]), dim=1)
-        return (loss, None, None) if prediction_loss_only else (loss, outputs["logits"], labels)
+    def _predictions(
+        self, outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return outputs["logits"], torch.stack((inputs["successes"], inputs["rollouts"]), dim=1)
 
     def _compute_critic_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         values = 1 / (1 + np.exp(-np.asarray(prediction.predictions, dtype=np.float64)))
         successes, rollouts = np.asarray(prediction.label_ids, dtype=np.float64).T
-        metrics = critic_metrics(values, successes, rollouts)
-        # The mean over all states; what `Trainer` computes is a mean of means over batches.
-        uniform = self.args.state_weights == "uniform"
-        loss = (
-            critic_metrics(values, successes / rollouts, np.ones_like(rollouts))["bce"] if uniform else metrics["bce"]
-        )
-        return metrics | {"loss": loss, "states": float(len(values))}
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """
-        Evaluate on the data set given at construction, or on other solution rows.
-
-        Args:
-            eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
-                Solution rows to evaluate on.
-            ignore_keys (`list[str]`, *optional*):
-                Not used.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
-                Prefix of the metrics' names.
-
-        Returns:
-            `dict[str, float]`: metrics.
-        """
-        if isinstance(eval_dataset, dict):
-            results: dict[str, float] = {}
-            for name, part in eval_dataset.items():
-                results |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return results
-        if isinstance(eval_dataset, Dataset) and "branches" not in eval_dataset.column_names:
-            eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    # transformers and TRL name the arguments differently, so no signature with names fits both.
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """
-        Write the model card to `args.output_dir`.
-
-        Args:
-            *args:
-                The same without names, in the order of `kwargs`.
-            **kwargs:
-                `model_name` (`str`), `dataset_name` (`str`), `tags` (`str` or `list[str]`) besides the trainer's own,
-                and `results` (`dict`), rows of the table of results; all optional, see
-                [`~dapo_trl.cards.save_model_card`].
-        """
-        save_model_card(self, super().create_model_card, *args, **kwargs)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        name = self.args.hub_model_id or Path(self.args.output_dir or "").name
-        self.create_model_card(model_name=name.split("/")[-1])
-        super()._save_checkpoint(model, trial)
+        return critic_metrics(values, successes, rollouts) | {"states": float(len(values))}
 
 
 def _format_to_predict(dataset: Dataset) -> str:
