@@ -96,6 +96,7 @@ PAPER = {
     "critic_warmup_steps": 0,
     "critic_batch_size": 8,
     "critic_accumulation_steps": 8,
+    "gradient_checkpointing": True,
     "beta": 0.01,
     "duplicate_weights": "uniform",
     "policy_learning_rate": 5e-7,
@@ -119,6 +120,7 @@ DEMO = PAPER | {
     "critic_warmup_steps": 40,
     "critic_batch_size": 32,
     "critic_accumulation_steps": 1,
+    "gradient_checkpointing": False,
     "beta": 0.1,
     "duplicate_weights": "counts",
     "policy_learning_rate": 4e-4,
@@ -189,7 +191,9 @@ class MathArguments:
     eval_split: str = field(
         default="test", metadata={"help": "Generated problems to evaluate on: 'test', or 'validation' while tuning."}
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Trade time for memory. On for your own model, off in the demo."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow models with Python code of their own."})
     report_to: str = field(default="none", metadata={"help": "Where metrics go: 'none', 'wandb', 'tensorboard', ..."})
     seed: int = field(default=0, metadata={"help": "Seed of problems, sampling and training."})
@@ -286,7 +290,7 @@ def main(arguments: MathArguments, model_config: ModelConfig) -> dict[str, Any]:
             stage["tokens"] = after.tokens
             results[f"policy_{source}"] = dataclasses.asdict(after)
         results["dropped"][f"accuracy_{source}"] = {"truncated": after.truncated, "not_judged": after.not_judged}
-        finish_policy(trainer, before, after)
+        finish_policy(trainer, arguments, before, after)
         del trainer, engine
         free_memory()
 
@@ -444,6 +448,7 @@ def train_critic(
     )
     trainer.train()
     metrics = trainer.evaluate()
+    trainer.save_model()
     solutions, states = trainer.predict_values(rollouts.solutions), trainer.predict_values(rollouts.states)
     unseen = states.filter(lambda row: row["problem_id"] in held_out)
     ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=0.3)
@@ -457,7 +462,7 @@ def train_critic(
     names = {"eval_bce": "binary cross-entropy", "eval_bce_constant": "best constant's cross-entropy"}
     names |= {"eval_skill": "skill", "eval_brier": "Brier score", "eval_calibration_error": "calibration error"}
     names |= {"eval_sibling_ranking": "siblings ordered alike (0.3 apart)"}
-    save(trainer, {title: {"held-out problems": metrics[name]} for name, title in names.items()})
+    save(trainer, arguments, {title: {"held-out problems": metrics[name]} for name, title in names.items()})
     return trainer, solutions, add_advantages(states, "critic_values"), metrics
 
 
@@ -503,7 +508,8 @@ def shared_training_arguments(arguments: MathArguments, model_config: ModelConfi
     return {
         "model_init_kwargs": model_init_kwargs(model_config),
         "trust_remote_code": arguments.trust_remote_code,
-        "bf16": on_gpu,
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "max_length": None,  # what was sampled fits; `max_new_tokens` is the limit
         "gradient_checkpointing": arguments.gradient_checkpointing,
         "dataloader_pin_memory": on_gpu,
         "report_to": arguments.report_to,
@@ -512,10 +518,11 @@ def shared_training_arguments(arguments: MathArguments, model_config: ModelConfi
     }
 
 
-def finish_policy(trainer: DAPOTrainer, before: Evaluation, after: Evaluation) -> None:
+def finish_policy(trainer: DAPOTrainer, arguments: MathArguments, before: Evaluation, after: Evaluation) -> None:
     rows = {"greedy": "greedy", f"mean@{after.k}": "mean_at_k", f"pass@{after.k}": "pass_at_k"}
     save(
         trainer,
+        arguments,
         {
             f"{title}, {after.num_problems:,} held-out problems": {
                 "before": str(getattr(before, name)),
@@ -526,9 +533,13 @@ def finish_policy(trainer: DAPOTrainer, before: Evaluation, after: Evaluation) -
     )
 
 
-def save(trainer: DAPOTrainer | StepCriticTrainer, results: dict[str, dict[str, Any]]) -> None:
+def save(
+    trainer: DAPOTrainer | StepCriticTrainer, arguments: MathArguments, results: dict[str, dict[str, Any]]
+) -> None:
+    name = arguments.dataset_name
+    dataset_name = None if name is None or Path(name).exists() else name  # a card links to the Hub
     trainer.save_model()
-    trainer.create_model_card(model_name=Path(trainer.args.output_dir).name, results=results)
+    trainer.create_model_card(Path(trainer.args.output_dir).name, dataset_name, results=results)
 
 
 def free_memory() -> None:

@@ -363,6 +363,26 @@ def test_advantages_from_values_and_rewards(tmp_path, tokenizer):
     assert [branch[0][-1] == eos for branch in trainer.train_dataset[0]["branches"]] == [False, True]
 
 
+def test_a_candidate_that_does_not_fit_takes_its_contrast_along(tmp_path, tokenizer):
+    """Of two candidates one is too long: what is left has nothing to be compared with, and is counted."""
+    row = {"prompt": "a\n", "prefix": [], "candidates": ["b\n", "c" * 99 + "\n"], "advantages": [0.4, -0.4]}
+    rows = Dataset.from_list([row, {**row, "candidates": ["b\n", "c\n"]}])
+    args = config(tmp_path, max_length=50, min_advantage_gap=0.1)
+    report = DAPOTrainer(make_policy(), None, args, None, rows, None, tokenizer).preprocessing_report["train"]
+    assert (report["steps_truncated"], report["rows_without_contrast"], report["rows_kept"]) == (1, 1, 1)
+
+
+def test_columns_that_are_missing_or_not_used(tmp_path, tokenizer, caplog):
+    row = {"prompt": "a\n", "prefix": [], "candidates": ["b\n", "c\n"], "values": [0.9, 0.1], "counts": [1, 1]}
+    valued = Dataset.from_list([row | {"critic_values": [0.5, 0.6]}])
+    with caplog.at_level(logging.WARNING):
+        DAPOTrainer(make_policy(), None, config(tmp_path), None, valued, None, tokenizer)
+    assert "has a column `critic_values`, but advantages are computed from `values`" in caplog.text
+    with pytest.raises(ValueError, match=r"needs a column `counts`, which `train_dataset` has not"):
+        args = config(tmp_path, duplicate_weights="counts")
+        DAPOTrainer(make_policy(), None, args, None, Dataset.from_list([STATE]), None, tokenizer)
+
+
 def test_gap_filter(tmp_path, tokenizer, caplog):
     """States below `min_advantage_gap` are left out, counted and reported; a gap of exactly 0.1 stays (0.6 - 0.5)."""
     rows = [
@@ -506,6 +526,57 @@ def test_compute_metrics_gets_log_ratios_and_advantages(tmp_path, tokenizer):
     assert seen["shapes"][0] == seen["shapes"][1]
 
 
+def test_predict_takes_raw_rows(tmp_path, tokenizer):
+    """`predict` gives log-ratios and advantages, and leaves the next evaluation alone."""
+    rows = Dataset.from_list(random_state_rows(5))
+    args = config(tmp_path, precompute_ref_log_probs=False)
+    trainer = DAPOTrainer(make_policy(), make_policy(seed=1), args, None, rows, rows, tokenizer)
+    before = trainer.evaluate()
+    prediction = trainer.predict(Dataset.from_list(random_state_rows(3, seed=8)))
+    assert prediction.predictions.shape == prediction.label_ids.shape
+    assert prediction.metrics["test_loss"] != before["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before["eval_loss"])
+
+
+def test_own_metrics_keep_their_names(tmp_path, tokenizer):
+    """A metric of the user that ends in `loss` is neither overwritten nor taken for the prefix of the others."""
+    data = Dataset.from_list(random_state_rows(5))
+    metrics = [
+        DAPOTrainer(
+            make_policy(),
+            args=config(tmp_path, per_device_eval_batch_size=batch_size),
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=tokenizer,
+            compute_metrics=lambda _: {"eval_my_loss": 1.0},
+        ).evaluate()
+        for batch_size in (2, 5)
+    ]
+    assert metrics[0]["eval_my_loss"] == 1.0
+    assert metrics[0]["eval_loss"] == pytest.approx(metrics[1]["eval_loss"], rel=1e-5)
+    assert "eval_my_kl" not in metrics[0]
+
+
+def test_low_precision_weights_are_warned_of(tmp_path, tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        data = Dataset.from_list(random_state_rows(3))
+        DAPOTrainer(make_policy().bfloat16(), None, config(tmp_path), None, data, None, tokenizer)
+    assert "most updates are rounded away" in caplog.text
+
+
+def test_reference_with_an_adapter(tmp_path, tokenizer):
+    """A reference that is base and adapter scores as both together."""
+    from peft import LoraConfig, get_peft_model
+
+    ref_model = get_peft_model(make_policy(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    rows = random_state_rows(3)
+    with torch.no_grad():
+        expected = [step_logps(ref_model, context, step).item() for context, step, *_ in pairs_of(rows, tokenizer)]
+    data = Dataset.from_list(rows)
+    trainer = DAPOTrainer(make_policy(), ref_model, config(tmp_path), None, data, None, tokenizer)
+    assert [logp for row in trainer.train_dataset["ref_logps"] for logp in row] == pytest.approx(expected, rel=1e-5)
+
+
 def test_saved_policy_loads_with_plain_transformers(tmp_path, tokenizer):
     args = config(tmp_path, max_steps=2, learning_rate=1e-3)
     data = Dataset.from_list(random_state_rows(4))
@@ -595,7 +666,7 @@ def test_bad_rows(tmp_path, tokenizer, rows, message):
 
 def test_bad_arguments(tmp_path, tokenizer):
     """What is refused before any training, each with its message."""
-    from peft import LoraConfig, PromptTuningConfig
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
     from trl import DPOConfig
 
     data, policy = Dataset.from_list([STATE]), make_policy()
@@ -608,6 +679,7 @@ def test_bad_arguments(tmp_path, tokenizer):
     refuses(ValueError, "`train_dataset` is required", train_dataset=None)
     refuses(TypeError, "stream must be read first", train_dataset=IterableDataset.from_generator(lambda: iter([STATE])))
     refuses(ValueError, "`ref_model` is the same object", ref_model=policy)
+    refuses(TypeError, "`ref_model` must be a model, got the string 'gpt2'", ref_model="gpt2")
     refuses(TypeError, "`args` must be a `DAPOConfig`, got DPOConfig", args=DPOConfig(str(tmp_path), bf16=False))
     refuses(ValueError, "there is no such folder", model=str(tmp_path / "nowhere" / "model"))
     refuses(ValueError, "neither a local folder", model="no-such-model-anywhere")
@@ -627,6 +699,10 @@ def test_bad_arguments(tmp_path, tokenizer):
         "no chat template",
         train_dataset=Dataset.from_list([{**STATE, "prompt": [{"role": "user", "content": "a"}]}]),
     )
+    frozen = get_peft_model(make_policy(), LoraConfig(target_modules=["q_proj"], inference_mode=True))
+    refuses(ValueError, "its adapter was loaded for inference", model=frozen)
+    prompt_tuned = get_peft_model(make_policy(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    refuses(ValueError, "prompt learning", model=prompt_tuned)
     make_critic().save_pretrained(tmp_path / "critic")
     refuses(ValueError, "that looks like a critic", model=str(tmp_path / "critic"))
 

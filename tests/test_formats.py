@@ -102,7 +102,7 @@ class TestSound:
             {**VALUED, "candidates": ["so 8", "so 8"], "rewards": [1.0, None]},  # one ends the solution, one goes on
             {**STATE, "candidates": ["so 8"], "advantages": [0.25]},
             {**STATE, "advantages": [-12.5, 3]},
-            {**VALUED, "rewards": [None, 1.0], "candidates_ids": [[1], [2]], "prefix_ids": []},
+            {**VALUED, "rewards": [None, 1.0], "prompt_ids": [5], "candidates_ids": [[1], [2]], "prefix_ids": []},
             {**STEPWISE, "labels": [0.75, True]},
         ],
     )
@@ -146,6 +146,8 @@ BAD = [
     (SOLUTION, {"text": "so 8"}, "column `completions`: the steps do not concatenate to column `text`"),
     (SOLUTION, {"completions_ids": [[1, 2, 3]]}, "column `completions_ids`: expected 2 lists of token ids"),
     (SOLUTION, {"completions_ids": [[1, 2, 3], []]}, "column `completions_ids`: an entry is not a non-empty list"),
+    (SOLUTION, {"completions_ids": [[1, 2], [3]]}, "column `completions_ids`: given without `prompt_ids`"),
+    (VALUED, {"candidates_ids": [[1], [2]]}, "column `candidates_ids`: given without `prefix_ids`"),
     (SOLUTION, {"prompt_ids": []}, "column `prompt_ids`: expected a non-empty list"),
     (COUNTED, {"mc_successes": [9, 6, 1]}, "column `mc_successes`: entry 0: 9 successes in 8 rollouts"),
     (COUNTED, {"mc_rollouts": [8, 8]}, "column `mc_rollouts`: expected 3 counts, one for each of the 3 states"),
@@ -231,7 +233,7 @@ class TestBad:
 
 def test_speed():
     """A million rows must not take an hour: 5,000 rows a second at the very least, several times that as a rule."""
-    dataset = Dataset.from_list([{**COUNTED, "completions_ids": [[1, 2], [3]]}] * 10_000)
+    dataset = Dataset.from_list([{**COUNTED, "prompt_ids": [5], "completions_ids": [[1, 2], [3]]}] * 10_000)
     start = time.perf_counter()
     assert check_dataset(dataset).num_steps == 20_000
     assert time.perf_counter() - start < 2

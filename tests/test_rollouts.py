@@ -61,9 +61,9 @@ def test_values_by_hand():
 
     Solutions: "a\\n1" (right) and "a\\n0" (wrong), so the states are the prompt and "a\\n", which both share: estimated
     once. Completions of the prompt: "a\\n1" (right) and "b\\n0" (wrong). Of "a\\n": "1" (right) and "0" (wrong).
-    V(prompt) = (2 completions + 2 solutions, 1 + 1 right) = 2/4.
-    V("a\\n") = (2 completions + 1 that passed through it, 1 + 1 right) = 2/3. The solutions do not count: they were
-    kept for their outcomes.
+    V(prompt) = (2 completions, 1 right) = 1/2.
+    V("a\\n") = (2 completions + 1 that passed through it, 1 + 1 right) = 2/3. The solutions do not count: they, and
+    their problem, were kept for their outcomes.
     """
     script = {"p\n": ["a\n1", "a\n0"], "p\na\n": ["1", "0"]}
     engine = ScriptedEngine(script)
@@ -80,10 +80,10 @@ def test_values_by_hand():
     assert sorted(engine.requests) == ["p\n", "p\n", "p\na\n"]
     by_outcome = {row["reward"]: row for row in rollouts.solutions}
     assert by_outcome[1.0]["completions"] == ["a\n", "1"]
-    assert by_outcome[1.0]["values"] == pytest.approx([2 / 4, 2 / 3, 1.0])
-    assert by_outcome[1.0]["mc_successes"] == [2, 2, 3]  # its end: the solution, and two completions that end alike
-    assert by_outcome[1.0]["mc_rollouts"] == [4, 3, 3]
-    assert by_outcome[0.0]["values"] == pytest.approx([2 / 4, 2 / 3, 0.0])
+    assert by_outcome[1.0]["values"] == pytest.approx([1 / 2, 2 / 3, 1.0])
+    assert by_outcome[1.0]["mc_successes"] == [1, 2, 3]  # its end: the solution, and two completions that end alike
+    assert by_outcome[1.0]["mc_rollouts"] == [2, 3, 3]
+    assert by_outcome[0.0]["values"] == pytest.approx([1 / 2, 2 / 3, 0.0])
     states = {"".join(row["prefix"]): row for row in rollouts.states}
     assert states[""]["candidates"] == ["a\n", "b\n"]
     assert states[""]["values"] == pytest.approx([2 / 3, 0.0])
@@ -143,7 +143,7 @@ def test_what_cannot_be_judged_counts_not_at_all():
     assert rollouts.report["solutions"] == 2
     assert rollouts.report["not_judged"] == 2
     row = rollouts.solutions[0]
-    assert row["mc_rollouts"][:2] == [4, 3]  # the prompt: 2 completions + 2 solutions; "a": 1 completion + 2 passing
+    assert row["mc_rollouts"][:2] == [2, 3]  # the prompt: 2 completions; "a": 1 completion + 2 passing
 
 
 def test_a_state_without_outcome_drops_its_solution():
@@ -182,7 +182,16 @@ def test_empty_completions_are_counted():
     rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, config)
     assert rollouts.report["empty"] == 3
     assert all(row["candidates"] == ["1", "0"] for row in rollouts.states if row["prefix"])
-    assert rollouts.solutions[0]["mc_rollouts"][0] == 6  # an end without a word is an outcome too
+    assert rollouts.solutions[0]["mc_rollouts"][0] == 3  # an end without a word is an outcome too
+
+
+def test_solutions_count_for_the_prompt_if_no_problem_is_skipped():
+    """Then nothing was chosen by their outcomes: V(prompt) = (2 completions + 4 solutions, 1 + 2 right) = 3/6."""
+    script = {"p\n": ["a\n1", "a\n0"], "p\na\n": ["1", "0"]}
+    config = RolloutConfig(num_solutions=4, num_kept=2, num_completions=2, skip_uniform=False)
+    row = collect_rollouts(problem(), ScriptedEngine(script), reward, config).solutions[0]
+    assert (row["mc_successes"][0], row["mc_rollouts"][0]) == (3, 6)
+    assert row["mc_rollouts"][1] == 4  # two completions, and two that passed: never the solutions
 
 
 @pytest.mark.parametrize("skip", [True, False])

@@ -200,8 +200,10 @@ def test_saved_critic_loads_with_plain_transformers(tmp_path, tokenizer):
     assert loaded.config.num_labels == 1
 
 
-def test_lora_critic_trains_adapter_and_head(tmp_path, tokenizer):
-    from peft import LoraConfig
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "TOKEN_CLS"])
+def test_lora_critic_trains_adapter_and_head(tmp_path, tokenizer, task_type):
+    """Whatever the task type says, the head is trained and saved beside the adapter, and plain peft loads both."""
+    from peft import LoraConfig, PeftModel
 
     data = Dataset.from_list(random_solution_rows(4))
     critic = make_critic()
@@ -211,9 +213,10 @@ def test_lora_critic_trains_adapter_and_head(tmp_path, tokenizer):
         config(tmp_path, max_steps=3, learning_rate=1e-2),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], task_type="TOKEN_CLS"),
+        peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], task_type=task_type),
     )
     trainer.train()
+    trainer.save_model()
     trained = dict(trainer.model.named_parameters())
     assert any("lora_B" in name and parameter.abs().sum() > 0 for name, parameter in trained.items())
     head = "base_model.model.score.modules_to_save.default.weight"
@@ -222,6 +225,27 @@ def test_lora_critic_trains_adapter_and_head(tmp_path, tokenizer):
     for name, value in backbone.items():
         key = next(key for key in trained if key.replace(".base_layer", "").endswith(f"base_model.model.{name}"))
         torch.testing.assert_close(trained[key], value, rtol=0, atol=0)
+    loaded = PeftModel.from_pretrained(make_critic(seed=0), tmp_path / "out")
+    torch.testing.assert_close(dict(loaded.named_parameters())[head], trained[head])
+
+
+def test_adapter_without_head_is_refused(tmp_path, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make_critic(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="does not include the scalar head"):
+        StepCriticTrainer(model, config(tmp_path), processing_class=tokenizer)
+    with pytest.raises(ValueError, match=r'`task_type="SEQ_CLS"`. A step critic needs'):
+        adapter = LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+        StepCriticTrainer(make_critic(), config(tmp_path), processing_class=tokenizer, peft_config=adapter)
+
+
+def test_predict_takes_raw_rows(tmp_path, tokenizer):
+    trainer = StepCriticTrainer(make_critic(), config(tmp_path), processing_class=tokenizer)
+    rows = random_solution_rows(3)
+    prediction = trainer.predict(Dataset.from_list(rows))
+    assert prediction.predictions.shape == (sum(len(row["values"]) for row in rows),)
+    assert prediction.metrics["test_loss"] == pytest.approx(prediction.metrics["test_bce"])
 
 
 def test_critic_starts_from_the_policys_backbone(tmp_path):

@@ -58,6 +58,7 @@ class DAPOConfig(_BaseConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `num_train_epochs`: `1` instead of `3`. The paper does not state it.
     > - `learning_rate`: `5e-7` instead of `5e-5` (paper).
     > - `adam_beta2`: `0.95` instead of `0.999` (the paper's code).
     > - `logging_steps`, `gradient_checkpointing` and `bf16` as in all TRL trainers.
@@ -67,6 +68,7 @@ class DAPOConfig(_BaseConfig):
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate of AdamW. Paper: 5e-7."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data. Paper: not stated."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW. The paper's code: 0.95."})
 
     model_init_kwargs: dict[str, Any] | str | None = field(

@@ -28,7 +28,7 @@ from dapo_trl.cards import PAPER, POLICY_TAGS, POLICY_TEMPLATE
 from dapo_trl.collators import DataCollatorForStepPolicy
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.losses import dapo_loss
-from dapo_trl.modeling import add_adapter, load_policy, load_tokenizer
+from dapo_trl.modeling import add_adapter, load_policy, load_tokenizer, warn_of_low_precision
 from dapo_trl.preprocessing import prepare_policy_dataset
 from dapo_trl.step_trainer import _StepTrainer, default_output_dir, row_length
 
@@ -125,6 +125,11 @@ class DAPOTrainer(_StepTrainer):
         args = _default_args(args, model)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
+        if isinstance(ref_model, str):
+            raise TypeError(
+                f"`ref_model` must be a model, got the string {ref_model!r}. Load it with "
+                "`AutoModelForCausalLM.from_pretrained`, or omit it if it is the same as `model`."
+            )
         if ref_model is not None and ref_model is model:
             raise ValueError(
                 "`ref_model` is the same object as `model`. Omit it: the initial policy is then the reference."
@@ -135,6 +140,7 @@ class DAPOTrainer(_StepTrainer):
         continues_adapter = is_peft_model(model)
         model = add_adapter(model, peft_config, args)
         _refuse_adapted_head(model)
+        warn_of_low_precision(model, args)
         if continues_adapter and ref_model is None and not args.precompute_ref_log_probs:
             _add_reference_adapter(model)
         self._reference_is_base = ref_model is None and is_peft_model(model) and not continues_adapter
@@ -155,7 +161,7 @@ class DAPOTrainer(_StepTrainer):
             optimizers=optimizers,
         )
         self.ref_model = self._prepare_ref_model(ref_model)
-        add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        add_fused_lm_head(_without_adapter(self.model))
         self._num_tokens = 0
         if args.precompute_ref_log_probs:
             self._precompute_all()
@@ -198,12 +204,14 @@ class DAPOTrainer(_StepTrainer):
     def _prepare_ref_model(self, ref_model: PreTrainedModel | None) -> torch.nn.Module | None:
         """The reference as a model of its own, or `None` where the policy itself can stand in for it."""
         if ref_model is None:
-            if is_peft_model(self.model) or self.args.precompute_ref_log_probs:
-                return None  # the adapter is switched off or swapped; or the policy has not been trained yet
+            # The adapter is switched off or swapped; or the policy has not been trained yet. Under FSDP the policy is
+            # placed and sharded only when training starts, so the reference is a copy.
+            if is_peft_model(self.model) or (self.args.precompute_ref_log_probs and not self.is_fsdp_enabled):
+                return None
             ref_model = self._copy_policy()
         if self.args.disable_dropout:
             disable_dropout_in_model(ref_model)
-        add_fused_lm_head(ref_model)
+        add_fused_lm_head(_without_adapter(ref_model))
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(ref_model, self.accelerator)
         if self.is_fsdp_enabled:
@@ -297,7 +305,8 @@ class DAPOTrainer(_StepTrainer):
             )
         is_action = pair_index[:, 1:] >= 0
         logps = torch.zeros_like(inputs["advantages"])
-        return logps.index_add(0, pair_index[:, 1:][is_action], output.log_probs[is_action].float())
+        log_probs = output.log_probs.to(is_action.device)  # a model split over devices may end on another one
+        return logps.index_add(0, pair_index[:, 1:][is_action], log_probs[is_action].float())
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """Total weight of the pairs of the optimizer step, over its micro-batches and all processes."""
@@ -396,6 +405,11 @@ def _default_args(args: DAPOConfig | None, model: Any) -> DAPOConfig:
             "their names: replace the class."
         )
     return args
+
+
+def _without_adapter(model: Any) -> Any:
+    """The transformers model inside, whose forward the fused LM head replaces; its adapter stays in place."""
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 def _refuse_adapted_head(model: Any) -> None:

@@ -249,7 +249,7 @@ def _check_solution(row: Mapping[str, Any]) -> int:
     if row.get("mc_successes") is not None or row.get("mc_rollouts") is not None:
         _check_monte_carlo(row, len(steps) + 1, states)
     _check_text(row, steps)
-    _check_ids(row, "completions", len(steps))
+    _check_ids(row, "completions", len(steps), with_column="prompt_ids")
     return len(steps)
 
 
@@ -276,8 +276,8 @@ def _check_state(row: Mapping[str, Any]) -> int:
         _check_numbers(row.get("values"), "values", len(candidates), each)
     if row.get("advantages") is None or row.get("counts") is not None:
         _check_counts(row.get("counts"), "counts", len(candidates), each, at_least=1)
-    _check_ids(row, "prefix", len(row["prefix"]))
-    _check_ids(row, "candidates", len(candidates))
+    _check_ids(row, "prefix", len(row["prefix"]), with_column="prompt_ids")
+    _check_ids(row, "candidates", len(candidates), with_column="prefix_ids")
     return len(candidates)
 
 
@@ -403,7 +403,7 @@ def _check_text(row: Mapping[str, Any], steps: list[str]) -> None:
             raise _BadRow("completions", f"the steps do not concatenate to column `{column}`", steps, cure)
 
 
-def _check_ids(row: Mapping[str, Any], column: str, length: int) -> None:
+def _check_ids(row: Mapping[str, Any], column: str, length: int, with_column: str) -> None:
     """The sampler's token ids: a flat list for the prompt, one non-empty list for every step or candidate."""
     cure = f"One list of token ids per entry of `{column}`, see `split_step_ids`."
     ids = row.get(f"{column}_ids")
@@ -412,6 +412,9 @@ def _check_ids(row: Mapping[str, Any], column: str, length: int) -> None:
             raise _BadRow(f"{column}_ids", f"expected {length} lists of token ids", ids, cure)
         if any(not isinstance(step, list | tuple) or not step for step in ids):
             raise _BadRow(f"{column}_ids", "an entry is not a non-empty list", ids, cure)
+        if row.get(with_column) is None:
+            problem = f"given without `{with_column}`, which must come before them"
+            raise _BadRow(f"{column}_ids", problem, ids, f"Add `{with_column}`, or drop the columns of ids.")
     prompt_ids = row.get("prompt_ids")
     if prompt_ids is not None and (not isinstance(prompt_ids, list | tuple) or not prompt_ids):
         raise _BadRow("prompt_ids", "expected a non-empty list of token ids", prompt_ids, "Fill it or drop the column.")

@@ -2,9 +2,12 @@
 What both trainers do to models and tokenizers before training: load them, check them, wrap them.
 """
 
+import copy
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import is_peft_model
 from transformers import (
     AutoConfig,
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
     from dapo_trl.dapo_config import DAPOConfig
     from dapo_trl.step_critic_config import StepCriticConfig
+
+logger = logging.getLogger(__name__)
 
 _CLASSIFIERS = ("ForTokenClassification", "ForSequenceClassification", "RewardModel")
 
@@ -155,7 +160,11 @@ def load_tokenizer(
             raise ValueError(
                 "The model was built in memory, so its tokenizer cannot be found. Pass `processing_class`."
             )
-        processing_class = AutoTokenizer.from_pretrained(model_id, trust_remote_code=args.trust_remote_code)
+        processing_class = AutoTokenizer.from_pretrained(
+            model_id,
+            revision=_model_init_kwargs(args).get("revision"),
+            trust_remote_code=args.trust_remote_code,
+        )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"`processing_class` must be a tokenizer, got {type(processing_class).__name__}. Processors of "
@@ -219,6 +228,8 @@ def add_adapter(
         is_quantized = getattr(model, "is_quantized", False)
         kwargs: dict[str, Any] = {"autocast_adapter_dtype": False} if is_zero3 and not is_quantized else {}
         model = get_peft_model(model, peft_config, **kwargs)
+    if is_peft_model(model):
+        _check_adapter(model)
     if is_peft_model(model) and args.gradient_checkpointing:
         # Checkpointed layers need an input that requires a gradient. Can go once
         # https://github.com/huggingface/transformers/issues/42489 is fixed.
@@ -229,6 +240,77 @@ def add_adapter(
 def _base_model(model: Any) -> Any:
     """The model under its adapter, where it has one."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def critic_adapter(peft_config: "PeftConfig | None") -> "PeftConfig | None":
+    """
+    The adapter for a step critic: one that trains and saves the scalar head too.
+
+    Args:
+        peft_config ([`~peft.PeftConfig`] or `None`):
+            Adapter as given. Without a task type, or with that of a language model, a copy of it is made one of a token
+            classifier: peft then trains and saves the head beside the adapter.
+
+    Returns:
+        [`~peft.PeftConfig`] or `None`.
+
+    Raises:
+        ValueError: if it is for another task.
+    """
+    task_type = getattr(peft_config, "task_type", None)
+    if peft_config is None or task_type == "TOKEN_CLS" or not hasattr(peft_config, "task_type"):
+        return peft_config
+    if task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f'`peft_config` has `task_type="{task_type}"`. A step critic needs `task_type="TOKEN_CLS"`.')
+    peft_config = copy.copy(peft_config)
+    peft_config.task_type = "TOKEN_CLS"
+    return peft_config
+
+
+def check_head_is_trained(model: "PreTrainedModel | PeftModel") -> None:
+    """
+    Refuse a critic with an adapter that leaves its scalar head as it was initialised.
+
+    Raises:
+        ValueError: if the head is neither trained nor saved.
+    """
+    if is_peft_model(model) and not any(
+        parameter.requires_grad for name, parameter in model.named_parameters() if "modules_to_save" in name
+    ):
+        raise ValueError(
+            "The adapter of `model` does not include the scalar head, which would stay random. Create it with "
+            '`task_type="TOKEN_CLS"`, or pass the plain model and `peft_config`.'
+        )
+
+
+def warn_of_low_precision(model: "PreTrainedModel | PeftModel", args: "DAPOConfig | StepCriticConfig") -> None:
+    """
+    Warn when the weights to be trained are in a precision in which steps of this size vanish.
+
+    A step of AdamW is about the learning rate; bfloat16 holds a weight of 0.02 to 1e-4. Weights belong in float32;
+    mixed precision (`bf16=True`) is what saves time.
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    low = dtypes & {torch.bfloat16, torch.float16}
+    if low and args.learning_rate < 1e-4 and not is_peft_model(model):
+        logger.warning(
+            f"The weights to be trained are in {', '.join(map(str, low))}: with `learning_rate={args.learning_rate}` "
+            "most updates are rounded away. Load the model in float32, and set `bf16=True` for mixed precision."
+        )
+
+
+def _check_adapter(model: "PreTrainedModel | PeftModel") -> None:
+    config = model.peft_config[model.active_adapter] if isinstance(model.active_adapter, str) else None
+    if config is not None and config.is_prompt_learning:
+        raise ValueError(
+            f"The adapter is prompt learning ({config.peft_type}), whose virtual tokens would shift every step. Use "
+            "LoRA."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No parameter of `model` is trained: its adapter was loaded for inference. Load it with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
 
 
 def _check_policy(config: PretrainedConfig, name: str, class_name: str = "") -> None:

@@ -229,11 +229,15 @@ def prepare_policy_dataset(
             "teach more: see `docs/formats.md`."
         )
     check_fingerprint(dataset, tokenizer)
+    _check_columns_are_used(dataset, row_format, duplicate_weights, name)
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         tokens = tokenize_policy_row(row, row_format, tokenizer, duplicate_weights)
         row, removed = truncate_row(tokens, max_length)
-        no_contrast = not _has_contrast(row, min_advantage_gap)
+        # Candidates of a state are compared with each other; steps of a solution each have their own state. A gap of
+        # 0.6 - 0.5 must not fail 0.1 by its last bit.
+        is_compared = len(tokens["branches"]) > 1 and bool(row["branches"])
+        no_contrast = is_compared and advantage_gap(row["advantages"]) < min_advantage_gap - 1e-9
         return row | {"fate": "too_long" if not row["branches"] else "without_contrast" if no_contrast else "kept",
                       "removed": removed}  # fmt: skip
 
@@ -295,6 +299,21 @@ def _check_kind(dataset: Any, name: str) -> None:
         )
 
 
+def _check_columns_are_used(dataset: Dataset, row_format: str, duplicate_weights: str, name: str) -> None:
+    """Say so when a column that the user counts on is missing, or is there and not used."""
+    columns = set(dataset.column_names)
+    if row_format == "state" and duplicate_weights == "counts" and "counts" not in columns:
+        raise ValueError(
+            f'`duplicate_weights="counts"` needs a column `counts`, which `{name}_dataset` has not. Add it, or '
+            'use `duplicate_weights="uniform"`.'
+        )
+    if "critic_values" in columns and "advantages" not in columns:
+        logger.warning(
+            f"`{name}_dataset` has a column `critic_values`, but advantages are computed from `values`. To train on "
+            'what the critic says, pass `add_advantages(dataset, "critic_values")`; of solution rows, rename it.'
+        )
+
+
 def _tokenize_and_select(
     dataset: Dataset,
     tokenize: Callable[[dict[str, Any]], dict[str, Any]],
@@ -304,8 +323,15 @@ def _tokenize_and_select(
     max_length: int | None,
     min_advantage_gap: float = 0.0,
 ) -> tuple[Dataset, dict[str, int]]:
+    def tokenize_row_at(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return tokenize(row)
+        except ValueError as error:
+            raise ValueError(f"Row {index} of `{name}_dataset`: {error}") from error
+
     tokenized = dataset.map(
-        tokenize,
+        tokenize_row_at,
+        with_indices=True,
         remove_columns=dataset.column_names,
         features=Features(features | {"fate": Value("string"), "removed": Value("int64")}),
         num_proc=num_proc,
@@ -351,14 +377,6 @@ def _explain(
         logger.warning(
             f"`{name}_dataset`: kept {report['rows_kept']} of {report['rows']} rows: {' and '.join(reasons)}."
         )
-
-
-def _has_contrast(row: dict[str, Any], min_advantage_gap: float) -> bool:
-    """Candidates of a state are compared with each other; steps of a solution each have their own state."""
-    if len(row["branches"]) > 1:
-        # Advantages are differences of probabilities: 0.6 - 0.5 must not fail a gap of 0.1 by its last bit.
-        return advantage_gap(row["advantages"]) >= min_advantage_gap - 1e-9
-    return True
 
 
 def _advantages(row: dict[str, Any], row_format: str) -> list[float]:

@@ -154,7 +154,7 @@ def collect_rollouts(
     report["solutions_kept"] = sum(len(tree.kept) for tree in trees)
     report["states"] = sum(len(tree.states) for tree in trees)
     sampler.sample_completions(trees)
-    return _to_rows(trees, engine, report)
+    return _to_rows(trees, engine, config, report)
 
 
 def select_balanced(solutions: Sequence[Any], num_kept: int, rng: random.Random) -> list[Any]:
@@ -279,12 +279,12 @@ def _states_of(solutions: list[_Rollout]) -> dict[State, list[tuple[int, ...]]]:
     }
 
 
-def _to_rows(trees: list[_Tree], engine: Engine, report: Counter[str]) -> Rollouts:
+def _to_rows(trees: list[_Tree], engine: Engine, config: RolloutConfig, report: Counter[str]) -> Rollouts:
     lineage = {"generator": engine.name, "tokenizer_fingerprint": tokenizer_fingerprint(engine.tokenizer)}
     solutions: list[dict[str, Any]] = []
     states: list[dict[str, Any]] = []
     for tree in trees:
-        counts = _count_outcomes(tree)
+        counts = _count_outcomes(tree, config)
         source: dict[str, Any] = {
             name: tree.row[name] for name in ("prompt", "answer", "problem_id") if name in tree.row
         }
@@ -299,14 +299,16 @@ def _to_rows(trees: list[_Tree], engine: Engine, report: Counter[str]) -> Rollou
     return Rollouts(Dataset.from_list(solutions), Dataset.from_list(with_siblings), dict(report))
 
 
-def _count_outcomes(tree: _Tree) -> dict[State, Counts]:
+def _count_outcomes(tree: _Tree, config: RolloutConfig) -> dict[State, Counts]:
     """
-    Outcomes by state. The solutions themselves count for the prompt only: which of them were kept, and so which further
-    states there are, was decided by their outcomes.
+    Outcomes by state. The solutions themselves count for the prompt at most, because which of them were kept, and so
+    which further states there are, was decided by their outcomes; and not even there when problems are kept for having
+    both outcomes.
     """
     completions = [(state, rollout) for state, rollouts in tree.completions.items() for rollout in rollouts]
     samples = [Sample(state, rollout.actions, rollout.reward) for state, rollout in completions]
-    samples += [Sample((), (), solution.reward) for solution in tree.solutions]
+    if not config.skip_uniform:
+        samples += [Sample((), (), solution.reward) for solution in tree.solutions]
     return prefix_counts(samples)
 
 

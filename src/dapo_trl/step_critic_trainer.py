@@ -24,7 +24,14 @@ from dapo_trl.collators import DataCollatorForStepCritic
 from dapo_trl.diagnostics import critic_metrics
 from dapo_trl.formats import check_dataset
 from dapo_trl.losses import critic_loss, critic_weights
-from dapo_trl.modeling import add_adapter, load_critic, load_tokenizer
+from dapo_trl.modeling import (
+    add_adapter,
+    check_head_is_trained,
+    critic_adapter,
+    load_critic,
+    load_tokenizer,
+    warn_of_low_precision,
+)
 from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset, tokenize_row
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_trainer import _StepTrainer, default_output_dir, row_length
@@ -95,8 +102,7 @@ class StepCriticTrainer(_StepTrainer):
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization, for a model given by name or path.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train instead of all weights. Use `task_type="TOKEN_CLS"`, so that the head is trained and saved
-            too.
+            Adapter to train instead of all weights. The scalar head is trained and saved beside it.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
@@ -131,7 +137,9 @@ class StepCriticTrainer(_StepTrainer):
         set_seed(args.seed)  # the head starts from random weights
         model = load_critic(model, args, quantization_config)
         processing_class = load_tokenizer(processing_class, model, args)
-        model = add_adapter(model, peft_config, args)
+        model = add_adapter(model, critic_adapter(peft_config), args)
+        check_head_is_trained(model)
+        warn_of_low_precision(model, args)
         if args.disable_dropout:
             disable_dropout_in_model(model)
         train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, processing_class, args)

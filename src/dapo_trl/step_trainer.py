@@ -131,8 +131,8 @@ class _StepTrainer(_BaseTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         collected = self._metrics["eval"].pop(self.accelerator)
-        output.metrics.update({f"{prefix}_{name}": value for name, value in collected.items()})
-        return output
+        exact = {f"{prefix}_{name}": value for name, value in collected.items()}
+        return output._replace(metrics=(output.metrics or {}) | exact)
 
     def prediction_step(
         self,

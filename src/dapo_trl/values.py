@@ -99,8 +99,8 @@ def prefix_counts(samples: Iterable[Sample]) -> dict[State, Counts]:
 
     A completion sampled from a state s whose steps lead through s' is also an unbiased sample of the value of s',
     because given that it passes there, the rest of it was drawn from the same policy. This holds for completions that
-    were drawn freely. It does not hold for a solution that was *kept because of its outcome*: leave those out, except
-    for what they say of states chosen without looking at outcomes, such as the prompt.
+    were drawn freely. It does not hold for a solution that was *kept because of its outcome*, nor for the solutions of
+    a problem that was kept because of theirs: leave those out, except for states chosen without looking at outcomes.
 
     Args:
         samples (iterable of [`Sample`]):
