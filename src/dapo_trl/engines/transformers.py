@@ -4,6 +4,7 @@ Sampling in process with `model.generate`.
 
 import contextlib
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -72,7 +73,8 @@ class TransformersEngine:
         self.model: Any = model  # transformers declares `generate` on a mix-in only
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        path = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self.name = os.path.basename(os.path.normpath(path)) if os.path.isdir(path) else path  # rows get published
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
