@@ -27,6 +27,8 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 SOURCES = ("critic", "monte_carlo")
+# Arguments that say nothing of how the demo was run: they differ by run or machine, or are for other data.
+UNRECORDED = {"seed", "output_dir", "prompt_template", "dataset_train_split", "dataset_test_split", "report_to"}
 
 
 def run(seed: int, output_dir: Path) -> dict:
@@ -48,7 +50,11 @@ def record(runs: dict[int, dict]) -> dict:
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}, no GPU",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "arguments": {name: value for name, value in next(iter(runs.values()))["arguments"].items() if name != "seed"},
+        "arguments": {
+            name: value
+            for name, value in next(iter(runs.values()))["arguments"].items()
+            if name not in UNRECORDED and value is not None
+        },
         "runs": {
             seed: {name: results[name] for name in ("before", "critic", "policy_critic", "policy_monte_carlo")}
             | {"seconds": {name: row["seconds"] for name, row in results["stages"].items()}}
@@ -104,7 +110,7 @@ def critic_table(results: dict) -> str:
 
 def details(results: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    settings = ", ".join(f"`{name}` {value}" for name, value in results["arguments"].items() if value is not None)
+    settings = ", ".join(f"`{name}` {value}" for name, value in results["arguments"].items())
     return (
         f"Command: `{results['command']}`, {results['date']}. Machine: {results['machine']}. Versions: {versions}.\n\n"
         f"Arguments: {settings}.\n\n{table(results)}\n\nThe critic on problems held out from its training:\n\n"
