@@ -11,7 +11,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test check bench clean
+.PHONY: help demo test check bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
 
 demo: $(READY)
 	$(LAUNCH) examples/math.py --seed $(SEED) --output_dir runs/demo-$(SEED)

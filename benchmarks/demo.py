@@ -87,8 +87,8 @@ def table(results: dict) -> str:
         lines.append(f"| {seed} | {' | '.join(cells)} | {run['wall_seconds'] / 60:.1f} |")
     cells = []
     for metric in ("greedy", "mean_at_k"):
-        cells += ["", *(f"{np.mean(rises[metric, s]):+.1f} ({min(rises[metric, s]):+.1f} or more)" for s in SOURCES)]
-    lines.append(f"| rise | {' | '.join(cells)} | |")
+        cells += ["", *(f"{np.mean(rises[metric, s]):+.1f} (lowest {min(rises[metric, s]):+.1f})" for s in SOURCES)]
+    lines.append(f"| mean rise | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
 

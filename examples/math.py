@@ -167,7 +167,10 @@ class MathArguments:
     generation_batch_size: int | None = field(default=None, metadata={"help": "Sequences generated at a time."})
     values: str | None = field(
         default=None,
-        metadata={"help": "Where advantages come from: 'critic' (paper), 'monte_carlo' or 'both' (two policies)."},
+        metadata={
+            "help": "Where advantages come from: 'critic' (paper), 'monte_carlo' or 'both' (two policies).",
+            "choices": ["critic", "monte_carlo", "both"],
+        },
     )
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Backbone of the critic. Default: the policy's model."}
@@ -203,9 +206,23 @@ class MathArguments:
         preset = DEMO if is_demo else PAPER
         given = {name: value for name in preset if (value := getattr(self, name)) is not None}
         arguments = dataclasses.replace(self, **(preset | given))
+        if "num_kept" not in given:
+            arguments.num_kept = min(arguments.num_kept, arguments.num_solutions)
         if arguments.values not in ("critic", "monte_carlo", "both"):
             raise ValueError(f"`values` must be 'critic', 'monte_carlo' or 'both', got {arguments.values!r}.")
+        if "{question}" not in arguments.prompt_template:
+            raise ValueError(f"`prompt_template` must contain {{question}}, got {arguments.prompt_template!r}.")
+        arguments.rollout_config()  # refuses numbers that do not fit before anything is loaded
         return arguments
+
+    def rollout_config(self) -> RolloutConfig:
+        return RolloutConfig(
+            num_solutions=self.num_solutions,
+            num_kept=self.num_kept,
+            num_completions=self.num_completions,
+            sampling=SamplingConfig(max_new_tokens=self.max_new_tokens),
+            seed=self.seed,
+        )
 
 
 class Stages:
@@ -237,6 +254,10 @@ def main(arguments: MathArguments, model_config: ModelConfig) -> dict[str, Any]:
             "This example samples in one process. Start it with `accelerate launch --num_processes 1 examples/math.py`."
         )
     is_demo = model_config.model_name_or_path is None
+    if is_demo and arguments.dataset_name is not None:
+        raise SystemExit(
+            "`--dataset_name` needs `--model_name_or_path`: the demo's student knows only the demo's task."
+        )
     model_config.model_name_or_path = model_config.model_name_or_path or STUDENT
     arguments = arguments.resolved(is_demo)
     output_dir = Path(arguments.output_dir)
@@ -253,13 +274,14 @@ def main(arguments: MathArguments, model_config: ModelConfig) -> dict[str, Any]:
     with stages("Accuracy before training") as stage:
         before = evaluate(problems["test"], engine, arguments)
         stage["tokens"] = before.tokens
-        console.print(f"greedy {before.greedy}, mean@{before.k} {before.mean_at_k}")
+        print_accuracy(before)
     with stages("Solutions and completions") as stage:
         rollouts = sample(problems["train"], engine, arguments)
         stage["tokens"] = rollouts.report["tokens_generated"]
     if len(rollouts.states) == 0:
         print_dropped({"rollouts": rollouts.report})
         stages.print()
+        save_results({"before": dataclasses.asdict(before), "dropped": {"rollouts": rollouts.report}}, output_dir)
         raise SystemExit(NO_SIGNAL)
     save_rollouts(rollouts, output_dir)
     del engine, policy
@@ -288,6 +310,7 @@ def main(arguments: MathArguments, model_config: ModelConfig) -> dict[str, Any]:
             engine = TransformersEngine(trainer.model, tokenizer, arguments.generation_batch_size)
             accuracies[source] = after = evaluate(problems["test"], engine, arguments)
             stage["tokens"] = after.tokens
+            print_accuracy(after)
             results[f"policy_{source}"] = dataclasses.asdict(after)
         results["dropped"][f"accuracy_{source}"] = {"truncated": after.truncated, "not_judged": after.not_judged}
         finish_policy(trainer, arguments, before, after)
@@ -298,7 +321,8 @@ def main(arguments: MathArguments, model_config: ModelConfig) -> dict[str, Any]:
     print_dropped(results["dropped"])
     stages.print()
     results |= {"stages": stages.rows, "arguments": dataclasses.asdict(arguments)}
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2))
+    results["model"] = {name: getattr(model_config, name) for name in ("model_name_or_path", "dtype", "use_peft")}
+    save_results(results, output_dir)
     console.print(f"Models, data sets, cards and figures: {output_dir.resolve()}")
     return results
 
@@ -398,25 +422,15 @@ def model_init_kwargs(model_config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def sampling_config(arguments: MathArguments) -> SamplingConfig:
-    return SamplingConfig(max_new_tokens=arguments.max_new_tokens)
-
-
 def evaluate(problems: Dataset, engine: TransformersEngine, arguments: MathArguments) -> Evaluation:
     """Accuracy on the held-out problems, with the same seed for every policy."""
-    return evaluate_policy(problems, engine, math_reward, sampling_config(arguments), arguments.eval_k, seed=1234)
+    sampling = arguments.rollout_config().sampling
+    return evaluate_policy(problems, engine, math_reward, sampling, arguments.eval_k, seed=1234)
 
 
 def sample(problems: Dataset, engine: TransformersEngine, arguments: MathArguments) -> Rollouts:
     """Solutions, completions from their states, and the values that follow."""
-    config = RolloutConfig(
-        num_solutions=arguments.num_solutions,
-        num_kept=arguments.num_kept,
-        num_completions=arguments.num_completions,
-        sampling=sampling_config(arguments),
-        seed=arguments.seed,
-    )
-    return collect_rollouts(problems, engine, math_reward, config)
+    return collect_rollouts(problems, engine, math_reward, arguments.rollout_config())
 
 
 def save_rollouts(rollouts: Rollouts, output_dir: Path) -> None:
@@ -445,6 +459,8 @@ def train_critic(
         train_dataset=rollouts.solutions.filter(lambda row: row["problem_id"] not in held_out),
         eval_dataset=rollouts.solutions.filter(lambda row: row["problem_id"] in held_out),
         processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_config),
+        peft_config=get_peft_config(model_config),
     )
     trainer.train()
     metrics = trainer.evaluate()
@@ -459,6 +475,11 @@ def train_critic(
         f"calibration error {metrics['eval_calibration_error']:.3f}; orders {ranking:.1%} of {num_pairs:,} pairs of "
         "sibling steps as their Monte Carlo values do, where these differ by 0.3 or more."
     )
+    if metrics["eval_skill"] <= 0:
+        console.print(
+            "[bold red]The critic has no skill: it predicts no better than a constant. A policy trained on its values "
+            "is not likely to improve. Use more problems, another learning rate, or --values monte_carlo."
+        )
     names = {"eval_bce": "binary cross-entropy", "eval_bce_constant": "best constant's cross-entropy"}
     names |= {"eval_skill": "skill", "eval_brier": "Brier score", "eval_calibration_error": "calibration error"}
     names |= {"eval_sibling_ranking": "siblings ordered alike (0.3 apart)"}
@@ -551,6 +572,17 @@ def free_memory() -> None:
 # ---- What a person sees ----
 
 
+def print_accuracy(result: Evaluation) -> None:
+    console.print(
+        f"greedy {result.greedy}, mean@{result.k} {result.mean_at_k}; {result.truncated:,} of "
+        f"{result.num_problems * (result.k + 1):,} samples truncated, {result.not_judged:,} not judged"
+    )
+
+
+def save_results(results: dict[str, Any], output_dir: Path) -> None:
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2))
+
+
 def print_accuracies(accuracies: dict[str, Evaluation]) -> None:
     first = accuracies["before"]
     table = Table("policy", "greedy", f"mean@{first.k}", f"pass@{first.k}")
@@ -585,7 +617,9 @@ def draw_values(solutions: Dataset, path: Path) -> None:
     mixed = [rows for rows in by_problem.values() if len({row["reward"] for row in rows}) > 1][:4]
     if not mixed:
         return
-    figure, axes = pyplot.subplots(1, len(mixed), figsize=(4 * len(mixed), 4.2), sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(mixed), figsize=(4 * len(mixed), 4.4), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, rows in zip(axes[0], mixed, strict=True):
         for outcome, color in ((1.0, "#1b7837"), (0.0, "#c2410c")):
             row = next(row for row in rows if (row["reward"] >= 0.5) == bool(outcome))
@@ -593,7 +627,7 @@ def draw_values(solutions: Dataset, path: Path) -> None:
             verdict = "correct" if outcome else "wrong"
             # at the end the method takes the true reward, not the critic's guess
             critic_values = [*row["critic_values"][:-1], row["reward"]]
-            axis.plot(states, critic_values, color=color, marker="o", label=f"{verdict}, critic")
+            axis.plot(states, critic_values, color=color, marker="o", label=f"{verdict}, critic (at the end: outcome)")
             axis.plot(states, row["values"], color=color, linestyle=":", marker="x", label=f"{verdict}, Monte Carlo")
         axis.set_xlabel("steps taken")
         axis.set_ylim(-0.03, 1.03)
@@ -601,9 +635,9 @@ def draw_values(solutions: Dataset, path: Path) -> None:
         prompt = rows[0]["prompt"] if isinstance(rows[0]["prompt"], str) else rows[0]["prompt"][-1]["content"]
         axis.set_title(prompt.strip()[:40], fontsize=9)
     axes[0][0].set_ylabel("value: probability to end correct")
-    axes[0][-1].legend(fontsize=7)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle("Values along solutions")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     console.print(f"Figure of values along some solutions: {path}")

@@ -177,6 +177,12 @@ class TestAddAdvantages:
         dataset = add_advantages(dataset, values="critic_values")
         assert dataset[0] == {"values": [1.0, 0.0], "critic_values": [0.25, 0.75], "advantages": [-0.25, 0.25]}
 
+    def test_refuses_solution_rows(self):
+        """Values along a solution are not those of candidates: comparing them with each other would be wrong."""
+        rows = Dataset.from_dict({"completions": [["a", "b"]], "values": [[0.5, 0.5, 1.0]]})
+        with pytest.raises(ValueError, match="these are solution rows"):
+            add_advantages(rows)
+
     def test_refuses_a_missing_column(self):
         message = r"The data set has no column 'critic_values' to compute advantages from, only \['values'\]"
         with pytest.raises(ValueError, match=message):

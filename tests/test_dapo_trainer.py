@@ -378,6 +378,18 @@ def test_columns_that_are_missing_or_not_used(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         DAPOTrainer(make_policy(), None, config(tmp_path), None, valued, None, tokenizer)
     assert "has a column `critic_values`, but advantages are computed from `values`" in caplog.text
+    for columns in ({"critic_values": [0.5, 0.6]}, {"values": [0.5, 0.6]}):
+        uncounted = {name: row[name] for name in ("prompt", "prefix", "candidates")} | columns
+        name = next(iter(columns))
+        with pytest.raises(
+            ValueError, match=rf'has `{name}`, but no `advantages`. .* `add_advantages\(dataset, "{name}"\)`'
+        ):
+            DAPOTrainer(make_policy(), None, config(tmp_path), None, Dataset.from_list([uncounted]), None, tokenizer)
+    solution = {"prompt": "a\n", "completions": ["b\n"], "values": [0.5, 1.0], "advantages": [0.9]}
+    with pytest.raises(ValueError, match="solution rows with a column `advantages`, which are not used"):
+        DAPOTrainer(make_policy(), None, config(tmp_path), None, Dataset.from_list([solution]), None, tokenizer)
+    with pytest.raises(TypeError, match=r"holds several splits: \['train'\]"):
+        DAPOTrainer(make_policy(), None, config(tmp_path), None, {"train": valued}, None, tokenizer)
     with pytest.raises(ValueError, match=r"needs a column `counts`, which `train_dataset` has not"):
         args = config(tmp_path, duplicate_weights="counts")
         DAPOTrainer(make_policy(), None, args, None, Dataset.from_list([STATE]), None, tokenizer)

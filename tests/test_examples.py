@@ -100,14 +100,17 @@ def test_gsm8k_without_signal(tmp_path, data_dir, random_model):
     assert "problems all wrong" in done.stdout
     assert "Traceback" not in done.stderr.split("subprocess.CalledProcessError")[0].split("Traceback (most recent")[0]
     assert not (tmp_path / "run" / "policy").exists()
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["dropped"]["rollouts"]["problems"] == 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset_name", "nowhere.jsonl"], "there is no such file"),
+        (["--dataset_name", "nowhere.jsonl", "--model_name_or_path", str(STUDENT)], "there is no such file"),
         (["--model_name_or_path", "./nowhere"], "nowhere"),
-        (["--values", "guesses"], "`values` must be 'critic', 'monte_carlo' or 'both'"),
+        (["--values", "guesses"], "invalid choice: 'guesses'"),
+        (["--dataset_name", "some.jsonl"], "`--dataset_name` needs `--model_name_or_path`"),
+        (["--prompt_template", "Q:"], "`prompt_template` must contain {question}"),
         (["--num_kept", "99"], "Lower `num_kept`"),
     ],
 )

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from dapo_trl.advantages import add_advantages, sibling_advantages, step_advantages
     from dapo_trl.dapo_config import DAPOConfig
     from dapo_trl.dapo_trainer import DAPOTrainer
+    from dapo_trl.engines import SamplingConfig
     from dapo_trl.engines.transformers import TransformersEngine
     from dapo_trl.evaluation import evaluate_policy
     from dapo_trl.formats import check_dataset
     from dapo_trl.losses import critic_loss, dapo_loss
-    from dapo_trl.rollouts import collect_rollouts
+    from dapo_trl.rollouts import RolloutConfig, collect_rollouts
     from dapo_trl.step_critic_config import StepCriticConfig
     from dapo_trl.step_critic_trainer import StepCriticTrainer
     from dapo_trl.steps import split_step_ids, split_steps
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 _MODULE_OF_NAME = {
     "DAPOConfig": "dapo_config",
     "DAPOTrainer": "dapo_trainer",
+    "RolloutConfig": "rollouts",
+    "SamplingConfig": "engines",
     "StepCriticConfig": "step_critic_config",
     "StepCriticTrainer": "step_critic_trainer",
     "TransformersEngine": "engines.transformers",
@@ -47,6 +50,8 @@ _MODULE_OF_NAME = {
 __all__ = [
     "DAPOConfig",
     "DAPOTrainer",
+    "RolloutConfig",
+    "SamplingConfig",
     "StepCriticConfig",
     "StepCriticTrainer",
     "TransformersEngine",

@@ -157,6 +157,12 @@ def add_advantages(dataset: Any, values: str = "values") -> Any:
 
     ```
     """
+    if "completions" in dataset.column_names and "candidates" not in dataset.column_names:
+        raise ValueError(
+            "`add_advantages` compares candidates of a state, but these are solution rows. They need no advantages: "
+            "`DAPOTrainer` takes the differences of `values`. To use a critic's, put them there: "
+            "`dataset.remove_columns('values').rename_column('critic_values', 'values')`."
+        )
     if values not in dataset.column_names:
         raise ValueError(
             f"The data set has no column {values!r} to compute advantages from, only {dataset.column_names}."

@@ -115,6 +115,7 @@ def _base_model(trainer: Any) -> str:
 
 def _hyper_parameters(trainer: Any) -> str:
     values = {name: getattr(trainer.args, name) for name in _SHOWN if hasattr(trainer.args, name)}
+    del values["num_train_epochs" if trainer.args.max_steps > 0 else "max_steps"]  # the other one decides
     rows = [f"| `{name}` | {getattr(value, 'value', value)} |" for name, value in values.items()]
     rows.append(f"| processes | {trainer.accelerator.num_processes} |")
     adapter = getattr(trainer.model, "peft_config", None)

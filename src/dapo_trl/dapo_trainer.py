@@ -358,8 +358,8 @@ class DAPOTrainer(_StepTrainer):
         metrics = self._metrics[mode]
         advantages, weights = inputs["advantages"], inputs["weights"]
         positive, negative, targets = advantages > 0, advantages < 0, advantages / self.args.beta
-        agrees = (log_ratios.sign() == advantages.sign()) & (positive | negative)
-        metrics.add("sign_accuracy", agrees.sum(), (positive | negative).sum())
+        decided = (positive | negative) & (log_ratios != 0)  # before the first step every log-ratio is 0
+        metrics.add("sign_accuracy", (log_ratios.sign() == advantages.sign())[decided].sum(), decided.sum())
         metrics.add("log_ratios/positive", log_ratios[positive].sum(), positive.sum())
         metrics.add("log_ratios/negative", log_ratios[negative].sum(), negative.sum())
         metrics.add("kl", -(weights * log_ratios).sum(), weights.sum())

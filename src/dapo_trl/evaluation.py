@@ -71,7 +71,7 @@ def evaluate_policy(
     problems: Dataset,
     engine: Engine,
     reward_function: Callable[..., list[float | None]],
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | None = None,
     k: int = 4,
     seed: int = 0,
 ) -> Evaluation:
@@ -85,8 +85,8 @@ def evaluate_policy(
             Sampling back end of the policy.
         reward_function (`Callable`):
             TRL reward function; a reward of at least 1/2 counts as correct.
-        sampling ([`~dapo_trl.engines.SamplingConfig`]):
-            How to sample.
+        sampling ([`~dapo_trl.engines.SamplingConfig`], *optional*):
+            How to sample. `None` takes the defaults: temperature 1, up to 1,024 tokens.
         k (`int`, *optional*, defaults to `4`):
             Samples per problem.
         seed (`int`, *optional*, defaults to `0`):
@@ -98,6 +98,7 @@ def evaluate_policy(
     Raises:
         ValueError: if there is no problem, or `k` is below 1.
     """
+    sampling = sampling or SamplingConfig()
     if len(problems) == 0:
         raise ValueError("There is no problem to evaluate on: the data set is empty.")
     if k < 1:

@@ -216,6 +216,7 @@ def prepare_policy_dataset(
     _check_kind(dataset, name)
     if {"chosen", "rejected"} <= set(dataset.column_names) and "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts ({name})", num_proc=num_proc)
+    _refuse_values_without_advantages(dataset, name)
     row_format = check_dataset(dataset).format
     if row_format == "stepwise":
         raise ValueError(
@@ -280,6 +281,7 @@ def prepare_critic_dataset(
         raise ValueError(
             f"A step critic learns from solution rows (`prompt`, `completions`, `values`), but `{name}_dataset` has "
             f"the {row_format} format."
+            + (" `dapo_trl.readers.from_stepwise` converts it." if row_format == "stepwise" else "")
         )
     check_fingerprint(dataset, tokenizer)
 
@@ -292,10 +294,25 @@ def prepare_critic_dataset(
 
 
 def _check_kind(dataset: Any, name: str) -> None:
+    if isinstance(dataset, dict):
+        raise TypeError(
+            f"`{name}_dataset` holds several splits: {list(dataset)}. Pass one, such as `dataset['train']`."
+        )
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"`{name}_dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}. Rows are checked, filtered "
             "and counted before training starts, so a stream must be read first: `Dataset.from_list(list(stream))`."
+        )
+
+
+def _refuse_values_without_advantages(dataset: Dataset, name: str) -> None:
+    columns = set(dataset.column_names)
+    has_advantages = "advantages" in columns or {"values", "counts"} <= columns
+    values = [column for column in ("critic_values", "values") if column in columns]
+    if {"prefix", "candidates"} <= columns and values and not has_advantages:
+        raise ValueError(
+            f"`{name}_dataset` has `{values[0]}`, but no `advantages`. Compute them first: "
+            f'`add_advantages(dataset, "{values[0]}")`.'
         )
 
 
@@ -306,6 +323,11 @@ def _check_columns_are_used(dataset: Dataset, row_format: str, duplicate_weights
         raise ValueError(
             f'`duplicate_weights="counts"` needs a column `counts`, which `{name}_dataset` has not. Add it, or '
             'use `duplicate_weights="uniform"`.'
+        )
+    if row_format == "solution" and "advantages" in columns:
+        raise ValueError(
+            f"`{name}_dataset` has solution rows with a column `advantages`, which are not used: a step's advantage is "
+            "the difference of its `values`. Remove the column, or give state rows."
         )
     if "critic_values" in columns and "advantages" not in columns:
         logger.warning(
