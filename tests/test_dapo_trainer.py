@@ -104,6 +104,14 @@ def relative_difference(gradients, expected) -> float:
     )
 
 
+def check_step(trainer, loss, gradients) -> None:
+    """Loss and every gradient of the trainer's first step are the expected ones, to 1e-5."""
+    recorder = GradientRecorder(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert relative_difference(recorder.gradients, gradients) < 1e-5
+
+
 @pytest.mark.parametrize("make_rows", [random_state_rows, random_solution_rows])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (1, 8), (3, 3)])
@@ -118,10 +126,7 @@ def test_step_equals_single_sequences(tmp_path, tokenizer, make_rows, architectu
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    recorder = GradientRecorder(trainer)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
-    assert relative_difference(recorder.gradients, gradients) < 1e-5
+    check_step(trainer, loss, gradients)
 
 
 def test_counts_weigh_pairs(tmp_path, tokenizer):
@@ -130,10 +135,7 @@ def test_counts_weigh_pairs(tmp_path, tokenizer):
     loss, gradients = reference_step(policy, ref_model, rows, tokenizer, beta=0.1, weights="counts")
     args = config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, duplicate_weights="counts")
     trainer = DAPOTrainer(policy, ref_model, args, None, Dataset.from_list(rows), None, tokenizer)
-    recorder = GradientRecorder(trainer)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
-    assert relative_difference(recorder.gradients, gradients) < 1e-5
+    check_step(trainer, loss, gradients)
 
 
 def test_negative_control(tmp_path, tokenizer):

@@ -3,6 +3,7 @@ The examples, started as a user starts them.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -75,7 +76,10 @@ def test_published_rows_train_again(tmp_path):
     )
     for name in ("states", "solutions"):
         data = Dataset.from_parquet(str(tmp_path / f"{name}.parquet"))
-        DAPOTrainer(str(STUDENT), args=args, train_dataset=data).train()
+        trainer = DAPOTrainer(str(STUDENT), args=args, train_dataset=data)
+        assert trainer.train().global_step == 2
+        assert trainer.preprocessing_report["train"]["rows_kept"] > 0
+        assert all(math.isfinite(logps) for row in trainer.train_dataset["ref_logps"] for logps in row)
 
 
 @pytest.fixture

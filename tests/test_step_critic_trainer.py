@@ -16,7 +16,7 @@ from conftest import random_state_rows as state_rows
 from dapo_trl import StepCriticConfig, StepCriticTrainer, add_advantages
 from dapo_trl.diagnostics import critic_metrics
 from dapo_trl.tokenization import encode_solution, encode_state
-from test_dapo_trainer import GradientRecorder, relative_difference
+from test_dapo_trainer import GradientRecorder, check_step
 
 
 def config(tmp_path, **kwargs) -> StepCriticConfig:
@@ -75,10 +75,7 @@ def test_step_equals_single_prefixes(tmp_path, tokenizer, architecture, weightin
         state_weights=weighting,
     )
     trainer = StepCriticTrainer(critic, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    recorder = GradientRecorder(trainer)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
-    assert relative_difference(recorder.gradients, gradients) < 1e-5
+    check_step(trainer, loss, gradients)
 
 
 def test_soft_targets_stay_soft(tmp_path, tokenizer):

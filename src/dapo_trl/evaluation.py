@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from dapo_trl.engines import Engine, SamplingConfig
+from dapo_trl.rollouts import judge
 from dapo_trl.tokenization import encode_prompt
 
 
@@ -106,17 +107,12 @@ def evaluate_policy(
     prefixes = [encode_prompt(row["prompt"], engine.tokenizer) for row in problems]
     greedy = engine.generate(prefixes, 1, replace(sampling, temperature=0.0), seed, "Evaluating (greedy)")
     sampled = engine.generate(prefixes, k, sampling, seed, f"Evaluating (mean@{k})")
-    columns = {name: problems[name] for name in problems.column_names if name != "prompt"}
+    rows = list(problems)
     correct, not_judged = [], 0
     for group, n in ((greedy, 1), (sampled, k)):
         flat = [completion for completions in group for completion in completions]
-        rewards = reward_function(
-            prompts=[prompt for prompt in problems["prompt"] for _ in range(n)],
-            completions=[
-                _as_completion(prompt, c.text) for prompt, cs in zip(problems["prompt"], group, strict=True) for c in cs
-            ],
-            **{name: [value for value in column for _ in range(n)] for name, column in columns.items()},
-        )
+        repeated = [row for row in rows for _ in range(n)]
+        rewards = judge(repeated, [completion.text for completion in flat], reward_function)
         judged = [
             c.finish_reason == "stop" and reward is not None and reward >= 0.5
             for c, reward in zip(flat, rewards, strict=True)
@@ -209,7 +205,3 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, num_resa
     means = [x_N[rng.integers(x_N.size, size=x_N.size)].mean() for _ in range(num_resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(x_N.mean()), float(low), float(high))
-
-
-def _as_completion(prompt: str | list, text: str) -> str | list[dict[str, str]]:
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -212,11 +212,7 @@ def add_adapter(
 
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, got {type(peft_config).__name__}.")
-        if peft_config.is_prompt_learning:
-            raise ValueError(
-                f"`peft_config` is prompt learning ({peft_config.peft_type}), whose virtual tokens would shift every "
-                "step. Use LoRA, for example `peft.LoraConfig()`."
-            )
+        _refuse_prompt_learning(peft_config, "`peft_config`")
         if is_peft_model(model):
             raise ValueError(
                 "`model` already has an adapter, and `peft_config` asks for another one. Omit `peft_config` to go on "
@@ -299,13 +295,18 @@ def warn_of_low_precision(model: "PreTrainedModel | PeftModel", args: "DAPOConfi
         )
 
 
+def _refuse_prompt_learning(config: "PeftConfig", name: str) -> None:
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{name} is prompt learning ({config.peft_type}), whose virtual tokens would shift every step. "
+            "Use LoRA, for example `peft.LoraConfig()`."
+        )
+
+
 def _check_adapter(model: "PreTrainedModel | PeftModel") -> None:
     config = model.peft_config[model.active_adapter] if isinstance(model.active_adapter, str) else None
-    if config is not None and config.is_prompt_learning:
-        raise ValueError(
-            f"The adapter is prompt learning ({config.peft_type}), whose virtual tokens would shift every step. Use "
-            "LoRA."
-        )
+    if config is not None:
+        _refuse_prompt_learning(config, "The adapter of `model`")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "No parameter of `model` is trained: its adapter was loaded for inference. Load it with "

@@ -347,7 +347,8 @@ def _tokenize_and_select(
 ) -> tuple[Dataset, dict[str, int]]:
     def tokenize_row_at(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            return tokenize(row)
+            tokens = tokenize(row)
+            return tokens | {"steps": sum(map(len, tokens["branches"]))}
         except ValueError as error:
             raise ValueError(f"Row {index} of `{name}_dataset`: {error}") from error
 
@@ -355,7 +356,7 @@ def _tokenize_and_select(
         tokenize_row_at,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=Features(features | {"fate": Value("string"), "removed": Value("int64")}),
+        features=Features(features | {"fate": Value("string"), "removed": Value("int64"), "steps": Value("int64")}),
         num_proc=num_proc,
         desc=f"Tokenizing ({name})",
     )
@@ -368,10 +369,10 @@ def _tokenize_and_select(
         "rows_too_long": fates.count("too_long"),
         "rows_without_contrast": fates.count("without_contrast"),
     }
-    selected = tokenized.select(kept).remove_columns(["fate", "removed"])
-    report["steps"] = sum(len(branch) for branches in selected["branches"] for branch in branches)
+    selected = tokenized.select(kept)
+    report["steps"] = sum(selected["steps"])
     _explain(report, fates, name, max_length, min_advantage_gap)
-    return selected, report
+    return selected.remove_columns(["fate", "removed", "steps"]), report
 
 
 def _explain(

@@ -180,6 +180,34 @@ def select_balanced(solutions: Sequence[Any], num_kept: int, rng: random.Random)
     return correct[:num_correct] + wrong[: num_kept - num_correct]
 
 
+def judge(
+    problems: Sequence[dict[str, Any]], texts: Sequence[str], reward_function: RewardFunction
+) -> list[float | None]:
+    """
+    Rewards of solutions, from a TRL reward function.
+
+    Args:
+        problems (sequence of `dict`, length N):
+            The problem of each solution: `prompt`, and the columns that the reward function takes.
+        texts (sequence of `str`, length N):
+            Whole solutions.
+        reward_function (`Callable`):
+            TRL reward function. For a conversational prompt it gets messages, else text.
+
+    Returns:
+        `list[float | None]` of length N.
+    """
+    if not problems:
+        return []
+    columns = {name: [problem[name] for problem in problems] for name in problems[0] if name != "prompt"}
+    prompts: list[Prompt] = [problem["prompt"] for problem in problems]
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    return reward_function(prompts=prompts, completions=completions, **columns)
+
+
 class _Sampler:
     """Runs the engine and the reward function over all problems at once, and counts what comes back."""
 
@@ -217,16 +245,8 @@ class _Sampler:
         return [[rollout for rollout in group if rollout is not None] for group in groups]
 
     def _judge(self, flat: list[tuple[tuple[_Tree, State], Completion]]) -> list[float | None]:
-        if not flat:
-            return []
         texts = ["".join(map(str, state)) + completion.text for (_, state), completion in flat]
-        prompts: list[Prompt] = [tree.row["prompt"] for (tree, _), _ in flat]
-        columns = {name: [tree.row[name] for (tree, _), _ in flat] for name in flat[0][0][0].row if name != "prompt"}
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        return self.reward_function(prompts=prompts, completions=completions, **columns)
+        return judge([tree.row for (tree, _), _ in flat], texts, self.reward_function)
 
     def _rollout(self, completion: Completion, reward: float | None) -> _Rollout | None:
         truncated = completion.finish_reason == "length"
