@@ -368,7 +368,7 @@ def test_advantages_from_values_and_rewards(tmp_path, tokenizer):
 def test_a_candidate_that_does_not_fit_takes_its_contrast_along(tmp_path, tokenizer):
     """Of two candidates one is too long: what is left has nothing to be compared with, and is counted."""
     row = {"prompt": "a\n", "prefix": [], "candidates": ["b\n", "c" * 99 + "\n"], "advantages": [0.4, -0.4]}
-    rows = Dataset.from_list([row, {**row, "candidates": ["b\n", "c\n"]}])
+    rows = Dataset.from_list([row, {**row, "prompt": "z\n", "candidates": ["b\n", "c\n"]}])
     args = config(tmp_path, max_length=50, min_advantage_gap=0.1)
     report = DAPOTrainer(make_policy(), None, args, None, rows, None, tokenizer).preprocessing_report["train"]
     assert (report["steps_truncated"], report["rows_without_contrast"], report["rows_kept"]) == (1, 1, 1)
@@ -400,7 +400,7 @@ def test_columns_that_are_missing_or_not_used(tmp_path, tokenizer, caplog):
 def test_gap_filter(tmp_path, tokenizer, caplog):
     """States below `min_advantage_gap` are left out, counted and reported; a gap of exactly 0.1 stays (0.6 - 0.5)."""
     rows = [
-        {"prompt": "a\n", "prefix": [], "candidates": ["b\n", "c\n"], "values": values, "counts": [1, 1]}
+        {"prompt": f"{values}\n", "prefix": [], "candidates": ["b\n", "c\n"], "values": values, "counts": [1, 1]}
         for values in ([0.6, 0.5], [0.55, 0.5], [1.0, 0.0])
     ]
     with caplog.at_level(logging.WARNING):

@@ -36,6 +36,14 @@ class DAPOConfig(_BaseConfig):
             Pad sequences to a multiple of this length.
         dataset_num_proc (`int`, *optional*):
             Processes that tokenize the data set.
+        layout (`str`, *optional*, defaults to `"tree"`):
+            `"tree"` computes what the sequences of a batch have in common once, see `docs/prefix_tree.md`; `"padded"`
+            anew for each sequence. What is learned is the same. A model that cannot attend over trees gets the padded
+            layout, with a warning.
+        max_tokens_per_row (`int`, *optional*):
+            Token budget of a row of trees; a larger batch becomes several rows. `None` sets none: attention skips what
+            is hidden, so longer rows cost no more (2,048 under `attn_implementation="eager"`, which does not skip). A
+            sequence that exceeds it is cut as for `max_length`.
         min_advantage_gap (`float`, *optional*, defaults to `0.1`):
             States whose largest and smallest advantage differ by less are left out. Paper: 0.1. `0.0` keeps all.
         duplicate_weights (`str`, *optional*, defaults to `"uniform"`):
@@ -85,6 +93,13 @@ class DAPOConfig(_BaseConfig):
         default=None, metadata={"help": "Pad sequences to a multiple of this length."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data set."})
+    layout: str = field(
+        default="tree",
+        metadata={"help": "'tree' (every shared token once) or 'padded'.", "choices": ["tree", "padded"]},
+    )
+    max_tokens_per_row: int | None = field(
+        default=None, metadata={"help": "Token budget of a row of trees. A larger batch becomes several rows."}
+    )
     min_advantage_gap: float = field(
         default=0.1, metadata={"help": "States with a smaller advantage gap are left out. Paper: 0.1."}
     )
@@ -115,3 +130,9 @@ class DAPOConfig(_BaseConfig):
             raise ValueError(f"`duplicate_weights` must be 'uniform' or 'counts', got {self.duplicate_weights!r}.")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2 (a prompt and a step), got {self.max_length}.")
+        if self.layout not in ("tree", "padded"):
+            raise ValueError(f"`layout` must be 'tree' or 'padded', got {self.layout!r}.")
+        if self.max_tokens_per_row is not None and self.max_tokens_per_row < 2:
+            raise ValueError(
+                f"`max_tokens_per_row` must be at least 2 (a prompt and a step), got {self.max_tokens_per_row}."
+            )

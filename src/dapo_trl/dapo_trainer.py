@@ -28,9 +28,18 @@ from dapo_trl.cards import PAPER, POLICY_TAGS, POLICY_TEMPLATE
 from dapo_trl.collators import DataCollatorForStepPolicy
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.losses import dapo_loss
-from dapo_trl.modeling import add_adapter, load_policy, load_tokenizer, warn_of_low_precision
+from dapo_trl.modeling import (
+    add_adapter,
+    backbone_outputs_at,
+    load_policy,
+    load_tokenizer,
+    transformers_model,
+    warn_of_low_precision,
+)
 from dapo_trl.preprocessing import prepare_policy_dataset
-from dapo_trl.step_trainer import _StepTrainer, default_output_dir, row_length
+from dapo_trl.ref_logps import add_ref_logps, check_ref_model, model_fingerprint
+from dapo_trl.samplers import group_rows
+from dapo_trl.step_trainer import _StepTrainer, default_output_dir
 
 
 if TYPE_CHECKING:
@@ -147,12 +156,17 @@ class DAPOTrainer(_StepTrainer):
         self._reference_is_policy = ref_model is None and not self._reference_is_base  # as it was before training
         if args.disable_dropout:
             disable_dropout_in_model(model)
+        self._given = {
+            "train": train_dataset,
+            **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}),
+        }
+        self._ref_fingerprint = ""
         train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, processing_class, args)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator
-            or DataCollatorForStepPolicy(processing_class.pad_token_id, args.pad_to_multiple_of),
+            data_collator=data_collator,
+            default_collator=DataCollatorForStepPolicy,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -161,21 +175,56 @@ class DAPOTrainer(_StepTrainer):
             optimizers=optimizers,
         )
         self.ref_model = self._prepare_ref_model(ref_model)
-        add_fused_lm_head(_without_adapter(self.model))
-        self._num_tokens = 0
-        if args.precompute_ref_log_probs:
-            self._precompute_all()
+        add_fused_lm_head(transformers_model(self.model))
+        self._before_training()
+
+    def with_ref_logps(self, name: str = "train") -> Dataset:
+        """
+        The rows as they were given, with the reference's log-probabilities beside them.
+
+        The columns can be saved, published, and given to another trainer on another machine, which then computes
+        nothing. It refuses them if its reference policy, tokenizer or rows are others.
+
+        Args:
+            name (`str`, *optional*, defaults to `"train"`):
+                `"train"`; `"eval"`, or the name of one of several evaluation sets.
+
+        Returns:
+            [`~datasets.Dataset`]: the rows with `ref_logps` (one number per step, in nats) and `ref_fingerprint`. Rows
+            that are not trained on, say for `min_advantage_gap`, have null.
+
+        Raises:
+            KeyError: if there is no such data set.
+            ValueError: if the reference's log-probabilities were not precomputed.
+        """
+        if self._given.get(name) is None:
+            known = [other for other, rows in self._given.items() if rows is not None]
+            raise KeyError(f"There is no data set {name!r}, only {', '.join(map(repr, known))}.")
+        if not self.args.precompute_ref_log_probs:
+            raise ValueError(
+                "`precompute_ref_log_probs=False` computes the reference's log-probabilities in every step and keeps "
+                "none. Set it to `True`."
+            )
+        rows: Any = self.train_dataset if name == "train" else self.eval_dataset
+        prepared = rows[name] if isinstance(rows, dict) else rows
+        return add_ref_logps(self._given[name], prepared, self._ref_fingerprint, self.processing_class)
 
     # ---- Data ----
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: DAPOConfig, name: str
     ) -> Dataset:
+        if not args.precompute_ref_log_probs and "ref_logps" in dataset.column_names:
+            logger.warning(
+                f"`{name}_dataset` has `ref_logps`, which `precompute_ref_log_probs=False` does not use: the reference "
+                "is run in every step."
+            )
+            dataset = dataset.remove_columns("ref_logps")
         prepared, self.preprocessing_report[name] = prepare_policy_dataset(
             dataset,
             processing_class,
             name=name,
-            max_length=args.max_length,
+            max_length=min((n for n in (args.max_length, args.max_tokens_per_row) if n is not None), default=None),
             min_advantage_gap=args.min_advantage_gap,
             duplicate_weights=args.duplicate_weights,
             num_proc=args.dataset_num_proc,
@@ -185,6 +234,9 @@ class DAPOTrainer(_StepTrainer):
     def _prepare_if_raw(self, dataset: Any, name: str) -> Any:
         prepared = super()._prepare_if_raw(dataset, name)
         if prepared is dataset or not self.args.precompute_ref_log_probs:
+            return prepared
+        check_ref_model(dataset, self._ref_fingerprint, name)
+        if "ref_logps" in prepared.column_names:
             return prepared
         is_untrained_policy = self._reference_is_policy and self.state.global_step == 0
         if not (self._reference_is_base or is_untrained_policy):
@@ -197,7 +249,7 @@ class DAPOTrainer(_StepTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["context_ids", "branches", "advantages", "weights", "ref_logps"]
+            self._signature_columns = ["context_ids", "branches", "advantages", "weights", "ref_logps", "length"]
 
     # ---- Reference policy ----
 
@@ -211,7 +263,7 @@ class DAPOTrainer(_StepTrainer):
             ref_model = self._copy_policy()
         if self.args.disable_dropout:
             disable_dropout_in_model(ref_model)
-        add_fused_lm_head(_without_adapter(ref_model))
+        add_fused_lm_head(transformers_model(ref_model))
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(ref_model, self.accelerator)
         if self.is_fsdp_enabled:
@@ -254,13 +306,22 @@ class DAPOTrainer(_StepTrainer):
             finally:
                 model.train(was_training)
 
-    def _precompute_all(self) -> None:
-        """Reference log-probabilities of all rows, once; then the reference is freed."""
+    def _before_training(self) -> None:
+        """Settle the layout, score all rows with the reference, once, and free it."""
         engine = None
         if self.ref_model is None and self.is_deepspeed_enabled:
             # Before `train`, DeepSpeed has neither placed nor gathered the policy's weights.
             engine = prepare_deepspeed(self.model, self.accelerator)
-        args = self.args
+        with self._reference() as reference:
+            policies = [] if engine is not None or self.is_fsdp_enabled else [self.model]
+            self._settle_layout(self.train_dataset, [engine or reference, *policies])
+            args = self.args
+            if not args.precompute_ref_log_probs:
+                return
+            self._ref_fingerprint = model_fingerprint(reference)
+        for name, dataset in self._given.items():
+            if dataset is not None:
+                check_ref_model(dataset, self._ref_fingerprint, name)
         train_batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
         eval_batch_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         self.train_dataset = self._precompute(self.train_dataset, train_batch_size, "train", engine)
@@ -277,36 +338,39 @@ class DAPOTrainer(_StepTrainer):
     def _precompute(
         self, dataset: Dataset, batch_size: int, name: str, engine: torch.nn.Module | None = None
     ) -> Dataset:
+        if "ref_logps" in dataset.column_names:  # checked when the rows were prepared
+            return dataset
         with self._reference() as reference:
 
             def score(indices: list[int]) -> list[list[float]]:
                 batch = self.data_collator([dataset[index] for index in indices])
-                logps = self._pair_logps(engine or reference, self._prepare_inputs(batch)).cpu()
+                logps = self._score(engine or reference, self._prepare_inputs(batch)).cpu()
                 return [logps[batch["state_index"].cpu() == row].tolist() for row in range(len(indices))]
 
-            lengths = [row_length(row) for row in dataset]
-            logps = self._score_rows(lengths, batch_size, f"Reference log-probabilities ({name})", score)
-        if "ref_logps" in dataset.column_names:
-            dataset = dataset.remove_columns("ref_logps")
+            if self.layout == "tree":
+                order = [index for group in group_rows(dataset) for index in group]
+            else:
+                lengths = dataset["length"]
+                order = sorted(range(len(dataset)), key=lengths.__getitem__)
+            logps = self._score_rows(order, batch_size, f"Reference log-probabilities ({name})", score)
         return dataset.add_column("ref_logps", logps)
 
     # ---- Loss ----
 
-    def _pair_logps(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _score(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Log-probability of each pair's step, shape (P,), float32: the sum over the step's tokens."""
-        pair_index = inputs["pair_index"]
-        with self.accelerator.autocast():
+        # Hidden states are gathered where an action token is predicted, so that the LM head runs there only.
+        with self.accelerator.autocast(), backbone_outputs_at(model, inputs["parent_index"]):
             output = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                labels=inputs["input_ids"].masked_fill(pair_index < 0, -100),
+                **self._model_inputs(model, inputs),
+                shift_labels=inputs["child_ids"][None],
                 use_cache=False,
                 fused_lm_head=True,
             )
-        is_action = pair_index[:, 1:] >= 0
+        # a model split over devices may end on another one
+        log_probs = output.log_probs[0].float().to(inputs["pair_index"].device)
         logps = torch.zeros_like(inputs["advantages"])
-        log_probs = output.log_probs.to(is_action.device)  # a model split over devices may end on another one
-        return logps.index_add(0, pair_index[:, 1:][is_action], log_probs[is_action].float())
+        return logps.index_add(0, inputs["pair_index"], log_probs[inputs["token_index"]])
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """Total weight of the pairs of the optimizer step, over its micro-batches and all processes."""
@@ -336,11 +400,11 @@ class DAPOTrainer(_StepTrainer):
         Returns:
             `torch.Tensor` or `tuple`: the loss, and `{"log_ratios": ...}` of shape `(P,)`.
         """
-        logps = self._pair_logps(model, inputs)
+        logps = self._score(model, inputs)
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None:
             with self._reference() as reference:
-                ref_logps = self._pair_logps(reference, inputs)
+                ref_logps = self._score(reference, inputs)
         advantages, weights = inputs["advantages"], inputs["weights"]
         loss_sum = dapo_loss(logps, ref_logps, advantages, self.args.beta, weights, reduction="sum")
         if num_items_in_batch is None:
@@ -379,7 +443,6 @@ class DAPOTrainer(_StepTrainer):
         share = torch.tensor(1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes))
         metrics.add("pairs", torch.tensor(float(len(advantages))), share)
         metrics.add("states", num_states, share)
-        self._num_tokens += int(self.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum"))
 
     # ---- Trainer hooks ----
 
@@ -387,13 +450,6 @@ class DAPOTrainer(_StepTrainer):
         self, outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return outputs["log_ratios"], inputs["advantages"]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of training, collected since the last log, to what is logged."""
-        if self.model.training:
-            logs.update(self._metrics["train"].pop(self.accelerator))
-            logs["num_tokens"] = float(self._num_tokens)
-        super().log(logs, start_time)
 
 
 def _default_args(args: DAPOConfig | None, model: Any) -> DAPOConfig:
@@ -405,11 +461,6 @@ def _default_args(args: DAPOConfig | None, model: Any) -> DAPOConfig:
             "their names: replace the class."
         )
     return args
-
-
-def _without_adapter(model: Any) -> Any:
-    """The transformers model inside, whose forward the fused LM head replaces; its adapter stays in place."""
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 def _refuse_adapted_head(model: Any) -> None:

@@ -2,9 +2,11 @@
 What both trainers do to models and tokenizers before training: load them, check them, wrap them.
 """
 
+import contextlib
 import copy
 import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -231,6 +233,60 @@ def add_adapter(
         # https://github.com/huggingface/transformers/issues/42489 is fixed.
         model.enable_input_require_grads()
     return model
+
+
+def transformers_model(model: Any) -> Any:
+    """
+    The transformers model under what accelerate, DeepSpeed and peft put around it.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, wrapped or not.
+
+    Returns:
+        [`~transformers.PreTrainedModel`].
+    """
+    return _base_model(unwrapped(model))
+
+
+def unwrapped(model: Any) -> Any:
+    """
+    The model under what accelerate and DeepSpeed put around it; an adapter stays.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, wrapped or not.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`].
+    """
+    while not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
+        model = model.module
+    return model
+
+
+@contextlib.contextmanager
+def backbone_outputs_at(model: Any, index: torch.Tensor) -> Iterator[None]:
+    """
+    Within this context the model's LM head gets the backbone's hidden states at the given places only, as one row.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, wrapped or not. TRL's fused LM head calls its backbone.
+        index (`torch.Tensor` of shape `(N,)`):
+            Places (row * T + position).
+    """
+
+    def gather(module: Any, args: Any, output: Any) -> Any:
+        states = output.last_hidden_state.flatten(0, 1)
+        output["last_hidden_state"] = states.index_select(0, index.to(states.device))[None]
+        return output
+
+    handle = transformers_model(model).base_model.register_forward_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _base_model(model: Any) -> Any:

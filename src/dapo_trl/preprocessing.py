@@ -2,9 +2,13 @@
 Rows of any format -> tokenized rows for the two trainers; what is left out is counted.
 
 A tokenized row has `context_ids` (ids of the state) and `branches` (chains of steps that follow it), see
-`collators.py`.
+`collators.py`. Beside them it says what it was made of: `prompt_key` (rows of one prompt have the same), `length` (its
+longest sequence), and for the policy `source_rows`,
+`source_steps` and `source_fingerprints`: the row and step that each pair comes from, and the fingerprint of that row.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from itertools import accumulate
@@ -16,12 +20,34 @@ from trl.data_utils import extract_prompt
 
 from dapo_trl.advantages import advantage_gap, sibling_advantages, step_advantages, with_true_rewards
 from dapo_trl.formats import check_dataset
+from dapo_trl.ref_logps import check_ref_logps_are_complete, check_ref_tokenizer, read_ref_logps, row_fingerprint
 from dapo_trl.tokenization import encode_preference, encode_solution, encode_state, tokenizer_fingerprint
 
 
 logger = logging.getLogger(__name__)
 
-_TOKEN_FEATURES = {"context_ids": List(Value("int64")), "branches": List(List(List(Value("int64"))))}
+_PER_PAIR = ("advantages", "weights", "ref_logps", "source_rows", "source_steps", "source_fingerprints")
+
+_TOKEN_FEATURES = {
+    "context_ids": List(Value("int64")),
+    "branches": List(List(List(Value("int64")))),
+    "prompt_key": Value("string"),
+    "length": Value("int64"),
+}
+_PAIR_FEATURES = {
+    "advantages": List(Value("float64")),
+    "weights": List(Value("float64")),
+    "source_rows": List(Value("int64")),
+    "source_steps": List(Value("int64")),
+    "source_fingerprints": List(Value("string")),
+}
+# how a row came out of tokenization; gone when the data set is ready
+_FATE_FEATURES = {
+    "index": Value("int64"),
+    "num_branches": Value("int64"),
+    "removed": Value("int64"),
+    "steps": Value("int64"),
+}
 
 
 def tokenize_policy_row(
@@ -41,13 +67,34 @@ def tokenize_policy_row(
             Weight of a pair: `"uniform"` for 1, `"counts"` for how often the candidate was sampled.
 
     Returns:
-        `dict` with `context_ids`, `branches`, `advantages` and `weights`.
+        `dict` with `context_ids`, `branches`, `advantages` and `weights`; and, if the row has them, its `ref_logps`,
+        NaN where there is none.
+
+    Raises:
+        ValueError: if `ref_logps` belong to other tokens.
     """
     tokens = tokenize_row(row, row_format, tokenizer)
     advantages = _advantages(row, row_format)
     counts = row.get("counts")
     weights = counts if duplicate_weights == "counts" and counts is not None else [1.0] * len(advantages)
-    return tokens | {"advantages": advantages, "weights": [float(weight) for weight in weights]}
+    pairs = {"advantages": advantages, "weights": [float(weight) for weight in weights]}
+    if "ref_logps" in row:
+        pairs["ref_logps"] = read_ref_logps(row, tokens)
+    return tokens | pairs
+
+
+def prompt_key(row: dict[str, Any]) -> str:
+    """
+    Short hash of a row's prompt: rows with the same one are trained on together.
+
+    Args:
+        row (`dict`):
+            Row of any format.
+
+    Returns:
+        `str`: 16 hexadecimal digits of a SHA-256.
+    """
+    return hashlib.sha256(json.dumps(row["prompt"], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def tokenize_critic_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -106,6 +153,20 @@ def tokenize_row(row: dict[str, Any], row_format: str, tokenizer: PreTrainedToke
         row["prompt"], row["completions"], tokenizer, ended=not row.get("truncated"), **template_kwargs
     )
     return {"context_ids": context_ids, "branches": [steps_ids]}
+
+
+def row_length(row: dict[str, Any]) -> int:
+    """
+    Longest sequence of a tokenized row.
+
+    Args:
+        row (`dict`):
+            Tokenized row.
+
+    Returns:
+        `int`: tokens, context included.
+    """
+    return len(row["context_ids"]) + max((sum(map(len, branch)) for branch in row["branches"]), default=0)
 
 
 def check_fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -168,7 +229,7 @@ def truncate_row(row: dict[str, Any], max_length: int | None) -> tuple[dict[str,
         if fitting > 0:
             branches.append(branch[:fitting])
     shorter = {**row, "branches": branches}
-    for name in ("advantages", "weights"):
+    for name in _PER_PAIR:
         if name in row:
             shorter[name] = [row[name][index] for index in kept]
     for name in ("successes", "rollouts"):  # of a single chain, whose first state is the context
@@ -206,8 +267,9 @@ def prepare_policy_dataset(
             Processes that tokenize.
 
     Returns:
-        `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts: `rows`, `rows_kept`, `steps`, `steps_truncated`
-        (did not fit into `max_length`), `rows_too_long` (no step fitted), `rows_without_contrast` (gap too small).
+        `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts: `rows`, `rows_kept`, `rows_merged` (joined another
+        row of the same state), `steps`, `steps_truncated` (did not fit into `max_length`), `rows_too_long` (no step
+        fitted), `rows_without_contrast` (gap too small).
 
     Raises:
         TypeError: if `dataset` is no `Dataset`.
@@ -232,18 +294,40 @@ def prepare_policy_dataset(
     check_fingerprint(dataset, tokenizer)
     _check_columns_are_used(dataset, row_format, duplicate_weights, name)
 
-    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+    check_ref_tokenizer(dataset, tokenizer, name)
+
+    def tokenize(row: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:
         tokens = tokenize_policy_row(row, row_format, tokenizer, duplicate_weights)
-        row, removed = truncate_row(tokens, max_length)
+        num_steps = len(tokens["advantages"])
+        tokens |= {
+            "source_rows": [index] * num_steps,
+            "source_steps": list(range(num_steps)),
+            "source_fingerprints": [row_fingerprint(tokens)] * num_steps,
+        }
+        return truncate_row(tokens, max_length)
+
+    features = _TOKEN_FEATURES | _PAIR_FEATURES
+    if "ref_logps" in dataset.column_names:
+        features = features | {"ref_logps": List(Value("float64"))}
+    tokenized = _tokenize(dataset, tokenize, features, name, num_proc)
+    num_merged = 0
+    if row_format == "state":
+        tokenized, num_merged = _merge_states(tokenized)
+
+    def fate(row: dict[str, Any]) -> str:
         # Candidates of a state are compared with each other; steps of a solution each have their own state. A gap of
         # 0.6 - 0.5 must not fail 0.1 by its last bit.
-        is_compared = len(tokens["branches"]) > 1 and bool(row["branches"])
+        is_compared = row["num_branches"] > 1 and bool(row["advantages"])
+        if not row["advantages"]:
+            return "too_long"
         no_contrast = is_compared and advantage_gap(row["advantages"]) < min_advantage_gap - 1e-9
-        return row | {"fate": "too_long" if not row["branches"] else "without_contrast" if no_contrast else "kept",
-                      "removed": removed}  # fmt: skip
+        return "without_contrast" if no_contrast else "kept"
 
-    features = _TOKEN_FEATURES | {"advantages": List(Value("float64")), "weights": List(Value("float64"))}
-    return _tokenize_and_select(dataset, tokenize, features, name, num_proc, max_length, min_advantage_gap)
+    fates = [fate(row) for row in tokenized.select_columns(["advantages", "num_branches"])]
+    prepared, report = _select(tokenized, fates, len(dataset), num_merged, name, max_length, min_advantage_gap)
+    if "ref_logps" in prepared.column_names:
+        check_ref_logps_are_complete(prepared, name)
+    return prepared, report
 
 
 def prepare_critic_dataset(
@@ -285,12 +369,13 @@ def prepare_critic_dataset(
         )
     check_fingerprint(dataset, tokenizer)
 
-    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
-        row, removed = truncate_row(tokenize_critic_row(row, tokenizer), max_length)
-        return row | {"fate": "kept" if row["branches"] else "too_long", "removed": removed}
+    def tokenize(row: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:
+        return truncate_row(tokenize_critic_row(row, tokenizer), max_length)
 
     features = _TOKEN_FEATURES | {"successes": List(Value("float64")), "rollouts": List(Value("float64"))}
-    return _tokenize_and_select(dataset, tokenize, features, name, num_proc, max_length)
+    tokenized = _tokenize(dataset, tokenize, features, name, num_proc)
+    fates = ["kept" if steps else "too_long" for steps in tokenized["steps"]]
+    return _select(tokenized, fates, len(dataset), 0, name, max_length)
 
 
 def _check_kind(dataset: Any, name: str) -> None:
@@ -336,52 +421,98 @@ def _check_columns_are_used(dataset: Dataset, row_format: str, duplicate_weights
         )
 
 
-def _tokenize_and_select(
+def _tokenize(
     dataset: Dataset,
-    tokenize: Callable[[dict[str, Any]], dict[str, Any]],
+    tokenize: Callable[[dict[str, Any], int], tuple[dict[str, Any], int]],
     features: dict[str, Any],
     name: str,
     num_proc: int | None,
-    max_length: int | None,
-    min_advantage_gap: float = 0.0,
-) -> tuple[Dataset, dict[str, int]]:
+) -> Dataset:
+    """Tokenized rows; those too long have no branch left."""
+
     def tokenize_row_at(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            tokens = tokenize(row)
-            return tokens | {"steps": sum(map(len, tokens["branches"]))}
+            tokens, removed = tokenize(row, index)
         except ValueError as error:
             raise ValueError(f"Row {index} of `{name}_dataset`: {error}") from error
+        num_steps = sum(map(len, tokens["branches"]))
+        about = {
+            "prompt_key": prompt_key(row),
+            "length": row_length(tokens),
+            "index": index,
+            "num_branches": len(row["candidates"]) if "candidates" in row else 2 if "chosen" in row else 1,
+            "removed": removed,
+            "steps": num_steps,
+        }
+        return {column: value for column, value in (tokens | about).items() if column in features | _FATE_FEATURES}
 
-    tokenized = dataset.map(
+    return dataset.map(
         tokenize_row_at,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=Features(features | {"fate": Value("string"), "removed": Value("int64"), "steps": Value("int64")}),
+        features=Features(features | _FATE_FEATURES),
         num_proc=num_proc,
         desc=f"Tokenizing ({name})",
     )
-    fates = list(tokenized["fate"])
+
+
+def _merge_states(tokenized: Dataset) -> tuple[Dataset, int]:
+    """Rows of the same state as one row with the candidates of all; how many rows that saves."""
+    states: dict[tuple[int, ...], list[int]] = {}
+    for index, ids in enumerate(tokenized["context_ids"]):
+        states.setdefault(tuple(ids), []).append(index)
+    if len(states) == len(tokenized):
+        return tokenized, 0
+
+    def merge(indices: list[int]) -> dict[str, Any]:
+        rows = [tokenized[index] for index in indices]
+        merged = dict(rows[0])
+        for column in ("branches", *_PER_PAIR):
+            if column in merged:
+                merged[column] = [value for row in rows for value in row[column]]
+        for column in ("num_branches", "removed", "steps"):
+            merged[column] = sum(row[column] for row in rows)
+        return merged | {"length": max(row["length"] for row in rows)}
+
+    merged = Dataset.from_list([merge(indices) for indices in states.values()], features=tokenized.features)
+    return merged, len(tokenized) - len(merged)
+
+
+def _select(
+    tokenized: Dataset,
+    fates: list[str],
+    num_rows: int,
+    num_merged: int,
+    name: str,
+    max_length: int | None,
+    min_advantage_gap: float = 0.0,
+) -> tuple[Dataset, dict[str, int]]:
+    """The rows to train on, and the report."""
     kept = [index for index, fate in enumerate(fates) if fate == "kept"]
     report = {
-        "rows": len(dataset),
+        "rows": num_rows,
         "rows_kept": len(kept),
+        "rows_merged": num_merged,
         "steps_truncated": sum(tokenized["removed"]),
         "rows_too_long": fates.count("too_long"),
         "rows_without_contrast": fates.count("without_contrast"),
     }
     selected = tokenized.select(kept)
     report["steps"] = sum(selected["steps"])
-    _explain(report, fates, name, max_length, min_advantage_gap)
-    return selected.remove_columns(["fate", "removed", "steps"]), report
+    first_too_long = tokenized["index"][fates.index("too_long")] if report["rows_too_long"] else None
+    _explain(report, first_too_long, name, max_length, min_advantage_gap)
+    return selected.remove_columns(list(_FATE_FEATURES)), report
 
 
 def _explain(
-    report: dict[str, int], fates: list[str], name: str, max_length: int | None, min_advantage_gap: float
+    report: dict[str, int], first_too_long: int | None, name: str, max_length: int | None, min_advantage_gap: float
 ) -> None:
     """Say what was left out and why; refuse to go on with nothing."""
+    if report["rows_merged"]:
+        logger.info(f"`{name}_dataset`: {report['rows_merged']} rows have joined others of the same state.")
     reasons = []
     if report["steps_truncated"]:
-        first = f"; row {fates.index('too_long')} is the first" if report["rows_too_long"] else ""
+        first = "" if first_too_long is None else f"; row {first_too_long} is the first"
         reasons.append(
             f"{report['steps_truncated']} steps did not fit into `max_length={max_length}`, which leaves "
             f"{report['rows_too_long']} rows with none{first}"

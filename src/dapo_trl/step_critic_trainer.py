@@ -32,9 +32,9 @@ from dapo_trl.modeling import (
     load_tokenizer,
     warn_of_low_precision,
 )
-from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset, tokenize_row
+from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset, prompt_key, row_length, tokenize_row
 from dapo_trl.step_critic_config import StepCriticConfig
-from dapo_trl.step_trainer import _StepTrainer, default_output_dir, row_length
+from dapo_trl.step_trainer import _StepTrainer, default_output_dir
 
 
 if TYPE_CHECKING:
@@ -146,8 +146,8 @@ class StepCriticTrainer(_StepTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator
-            or DataCollatorForStepCritic(processing_class.pad_token_id, args.pad_to_multiple_of),
+            data_collator=data_collator,
+            default_collator=DataCollatorForStepCritic,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -155,6 +155,16 @@ class StepCriticTrainer(_StepTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        known = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        for rows in known:
+            if rows is not None:
+                self._settle(rows)
+
+    def _settle(self, rows: Any) -> None:
+        was_training = self.model.training
+        self.model.eval()
+        self._settle_layout(rows, [self.model])
+        self.model.train(was_training)
 
     def predict_values(self, dataset: Dataset, batch_size: int | None = None) -> Dataset:
         """
@@ -177,7 +187,8 @@ class StepCriticTrainer(_StepTrainer):
         row_format = _format_to_predict(dataset)
         check_fingerprint(dataset, self.processing_class)
         rows = [
-            tokenize_row(row, row_format, self.processing_class) | {"context_is_state": row_format == "solution"}
+            tokenize_row(row, row_format, self.processing_class)
+            | {"context_is_state": row_format == "solution", "prompt_key": prompt_key(row)}
             for row in dataset
         ]
         lengths = [row_length(row) for row in rows]
@@ -190,13 +201,17 @@ class StepCriticTrainer(_StepTrainer):
 
         def score(indices: list[int]) -> list[list[float]]:
             inputs = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
-            values = torch.sigmoid(self._state_logits(self.model, inputs)).cpu()
+            values = torch.sigmoid(self._score(self.model, inputs)).cpu()
             sizes = [sum(map(len, rows[i]["branches"])) + rows[i]["context_is_state"] for i in indices]
             return [part.tolist() for part in values.split(sizes)]
 
+        self._settle(rows)
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        if self.layout == "tree":
+            order = sorted(order, key=lambda index: (rows[index]["prompt_key"], rows[index]["context_ids"]))
         was_training = self.model.training
         self.model.eval()
-        values = self._score_rows(lengths, batch_size or self.args.per_device_eval_batch_size, "Critic values", score)
+        values = self._score_rows(order, batch_size or self.args.per_device_eval_batch_size, "Critic values", score)
         self.model.train(was_training)
         if "critic_values" in dataset.column_names:
             dataset = dataset.remove_columns("critic_values")
@@ -208,21 +223,25 @@ class StepCriticTrainer(_StepTrainer):
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: StepCriticConfig, name: str
     ) -> Dataset:
         prepared, self.preprocessing_report[name] = prepare_critic_dataset(
-            dataset, processing_class, name=name, max_length=args.max_length, num_proc=args.dataset_num_proc
+            dataset,
+            processing_class,
+            name=name,
+            max_length=min((n for n in (args.max_length, args.max_tokens_per_row) if n is not None), default=None),
+            num_proc=args.dataset_num_proc,
         )
         return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["context_ids", "branches", "successes", "rollouts"]
+            self._signature_columns = ["context_ids", "branches", "successes", "rollouts", "length"]
 
     # ---- Loss ----
 
-    def _state_logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _score(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logit of the value of each state, shape (S,), float32."""
         with self.accelerator.autocast():
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        return logits[inputs["state_rows"], inputs["state_columns"], 0].float()
+            logits = model(**self._model_inputs(model, inputs), use_cache=False).logits
+        return logits.flatten()[inputs["state_places"].to(logits.device)].float()
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """Total weight of the states of the optimizer step, over its micro-batches and all processes."""
@@ -252,7 +271,7 @@ class StepCriticTrainer(_StepTrainer):
         Returns:
             `torch.Tensor` or `tuple`: the loss, and `{"logits": ...}` of shape `(S,)`.
         """
-        logits, rollouts = self._state_logits(model, inputs), inputs["rollouts"]
+        logits, rollouts = self._score(model, inputs), inputs["rollouts"]
         loss_sum = critic_loss(logits, inputs["successes"], rollouts, self.args.state_weights, reduction="sum")
         weight = critic_weights(rollouts, self.args.state_weights).sum()
         if not self.model.training:

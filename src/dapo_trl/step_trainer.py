@@ -1,14 +1,16 @@
 """
-What the two trainers have in common: rows prepared, scored and evaluated, cards written.
+What the two trainers have in common: rows prepared, laid out, scored and evaluated, cards written.
 """
 
+import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -17,14 +19,30 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from dapo_trl.cards import save_model_card
 from dapo_trl.metrics import RatioMetrics, gather_uneven
+from dapo_trl.modeling import transformers_model
+from dapo_trl.preprocessing import row_length
+from dapo_trl.samplers import PromptGroupSampler, group_rows
+from dapo_trl.tree_attention import ATTENTION_NAME, candidate_attentions, tree_arguments, tree_obstacle
+
+
+logger = get_logger(__name__)
+
+# Budget of a row of trees under dense attention, whose cost grows with its square; shorter rows repeat more paths.
+_DENSE_ROW = 2048
 
 
 class _StepTrainer(_BaseTrainer):
     """
     Base of [`DAPOTrainer`] and [`StepCriticTrainer`]: TRL's trainer base on rows that hold several steps each.
 
-    A subclass says how rows are prepared (`_prepare_dataset`), what their loss is (`compute_loss`, which with
-    `return_outputs` gives a dictionary) and what an evaluation collects of it (`_predictions`).
+    A subclass says how rows are prepared (`_prepare_dataset`), what is read from the model (`_score`), what the loss is
+    (`compute_loss`, which with `return_outputs` gives a dictionary) and what an evaluation collects of it
+    (`_predictions`).
+
+    Attributes:
+        layout (`str` or `None`):
+            Layout in use, `"tree"` or `"padded"`: the one asked for, if the model can. `None` for a data collator of
+            the user's, and before any rows are known.
     """
 
     loss_is_scaled_for_ga: Any = True  # by the weight of the whole optimizer step, see `_get_num_items_in_batch`
@@ -32,12 +50,26 @@ class _StepTrainer(_BaseTrainer):
     # types that the parent classes leave wider, or infer from a first value of `None`
     args: Any
     model: Any
+    data_collator: Any
+    train_dataset: Any
     processing_class: PreTrainedTokenizerBase
     _signature_columns: Any
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, data_collator: Any, default_collator: Callable[..., Any], **kwargs: Any) -> None:
         self._metrics = {"train": RatioMetrics(), "eval": RatioMetrics()}
-        super().__init__(**kwargs)
+        self._num_tokens = 0.0
+        self._tokens_since_log: list[torch.Tensor] = []
+        self._seconds_since_log = 0.0
+        self._clock: float | None = None  # start of the stretch of training under way
+        self._groups: list[list[int]] | None = None
+        self._attention = ""
+        self.layout: str | None = None
+        args = kwargs["args"]
+        self._has_own_collator = data_collator is not None
+        collator = data_collator or default_collator(
+            kwargs["processing_class"].pad_token_id, args.pad_to_multiple_of, "padded", args.max_tokens_per_row
+        )
+        super().__init__(data_collator=collator, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
                 "`nn.DataParallel` is not supported, and several GPUs are visible to this one process. Start the "
@@ -59,7 +91,115 @@ class _StepTrainer(_BaseTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `compute_metrics` gets of a batch: predictions and labels, with the same first dimension."""
 
+    @abstractmethod
+    def _score(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What is read from the model for a batch, one number per pair or state, float32."""
+
+    # ---- Layout ----
+
+    def _settle_layout(self, rows: Sequence[Any], models: Sequence[Any]) -> None:
+        """
+        Take the layout that was asked for, if the models can: a small sample is scored both ways.
+
+        Args:
+            rows (`Sequence`):
+                Tokenized rows.
+            models (`Sequence`):
+                Models that shall score trees, as they will be called.
+        """
+        if self._has_own_collator or self.layout is not None:
+            return
+        self.layout = "padded"
+        if self.args.layout == "padded":
+            return
+        sample, longest = _sample(rows)
+        reason = self._try_trees(sample, max(longest, self.args.max_length or 0), models)
+        if reason is None:
+            self.layout = "tree"
+            return
+        self._use_layout("padded")
+        logger.warning(
+            f'`layout="tree"` was asked for, but {type(transformers_model(self.model)).__name__} cannot have it: '
+            f"{reason}. The layout is padded: every step is learned from as before, but shared prefixes are computed "
+            'again for each sequence. Set `layout="padded"` to silence this.'
+        )
+
+    def _try_trees(self, sample: list[Any], longest: int, models: Sequence[Any]) -> str | None:
+        """Set trees up; the reason, if that cannot be done."""
+        plain = [transformers_model(model) for model in models]
+        before = [model.config.get_text_config()._attn_implementation for model in plain]
+        for model in plain:
+            if reason := tree_obstacle(model, longest):
+                return reason
+        reason = None
+        for attention in candidate_attentions(plain[0]):
+            if attention != "dense":
+                for model in plain:
+                    model.set_attn_implementation(ATTENTION_NAME)
+            self._use_layout("tree", attention, longest)
+            reasons = [reason for model in models if (reason := self._check_trees(model, sample))]
+            reasons = [reason for reason in gather_object(reasons) if reason]
+            if not reasons:
+                return None
+            reason = reasons[0]
+            for model, implementation in zip(plain, before, strict=True):
+                model.set_attn_implementation(implementation)
+        return reason
+
+    def _check_trees(self, model: Any, sample: list[Any]) -> str | None:
+        """Score a sample both ways; what is wrong, if the scores differ."""
+        scores = {}
+        try:
+            with torch.no_grad():
+                for layout in ("padded", "tree"):
+                    self.data_collator.layout = layout
+                    inputs = self._prepare_inputs(self.data_collator(sample))
+                    scores[layout] = self._score(model, inputs).double()
+        except Exception as error:  # whatever a model of unknown architecture may object to
+            return f"scoring a sample failed with {type(error).__name__}: {error}"
+        difference = (scores["tree"] - scores["padded"]).abs()
+        tolerance = self._tolerance() * (1 + scores["padded"].abs())
+        if bool((difference <= tolerance).all()):
+            return None
+        worst = int((difference - tolerance).argmax())
+        return (
+            f"it scores the same tokens differently in a tree ({scores['tree'][worst]:.4f}) and alone "
+            f"({scores['padded'][worst]:.4f}), so it does not honour the attention mask or the positions"
+        )
+
+    def _tolerance(self) -> float:
+        """Relative difference that rounding explains."""
+        dtype = transformers_model(self.model).dtype
+        is_half = dtype in (torch.bfloat16, torch.float16) or self.accelerator.mixed_precision in ("bf16", "fp16")
+        return 2e-2 if is_half else 1e-4
+
+    def _use_layout(self, layout: str, attention: str = "", longest: int = 0) -> None:
+        self._attention = attention
+        self.data_collator.layout = layout
+        self.data_collator.flex_rows = attention == "flex"
+        if attention == "dense" and self.args.max_tokens_per_row is None:
+            self.data_collator.max_tokens_per_row = max(_DENSE_ROW, longest)
+
+    def _model_inputs(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """What the model's forward takes of a batch."""
+        if "subtree_end" not in inputs:
+            return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        dtype = transformers_model(model).dtype
+        tree = tree_arguments(inputs["subtree_end"], self._attention, dtype)
+        return {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], **tree}
+
     # ---- Data ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Problems at random, the rows of one problem together; other strategies are `Trainer`'s own."""
+        if self.args.train_sampling_strategy != "random" or "prompt_key" not in self.train_dataset.column_names:
+            return super()._get_train_sampler(train_dataset)
+        if self._groups is None:
+            self._groups = group_rows(self.train_dataset)
+        args = self.args
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        return PromptGroupSampler(self._groups, args.train_batch_size, step_size, seed)
 
     def _prepare_datasets(
         self, train_dataset: Any, eval_dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any
@@ -84,17 +224,17 @@ class _StepTrainer(_BaseTrainer):
 
     def _score_rows(
         self,
-        lengths: list[int],
+        order: list[int],
         batch_size: int,
         desc: str,
         score: Callable[[list[int]], list[list[float]]],
     ) -> list[list[float]]:
         """
-        Score rows in batches of similar length, over all processes.
+        Score rows in batches, over all processes.
 
         Args:
-            lengths (`list[int]`):
-                Length of each row in tokens.
+            order (`list[int]`):
+                All rows, so that neighbours are alike: of similar length, or with long prefixes in common.
             batch_size (`int`):
                 Rows per batch.
             desc (`str`):
@@ -103,21 +243,18 @@ class _StepTrainer(_BaseTrainer):
                 Scores of the rows with the given indices.
 
         Returns:
-            `list[list[float]]`: scores of all rows, in their order, in every process.
+            `list[list[float]]`: scores of all rows, by index, in every process.
         """
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        # Every process scores as many rows: weights that are sharded are gathered by all of them together. Rows are
-        # dealt out in turn, so that every process has short and long ones.
-        order += order[: -len(order) % processes]
-        own = order[rank::processes]
+        # Every process scores as many batches: weights that are sharded are gathered by all of them together.
+        batches += batches[:1] * (-len(batches) % processes)
         computed: list[tuple[int, list[float]]] = []
         with torch.no_grad():
-            for start in tqdm(range(0, len(own), batch_size), desc=desc):
-                indices = own[start : start + batch_size]
+            for indices in tqdm(batches[rank::processes], desc=desc):
                 computed += zip(indices, score(indices), strict=True)
         scores = dict(gather_object(computed))
-        return [scores[index] for index in range(len(lengths))]
+        return [scores[index] for index in range(len(order))]
 
     # ---- Trainer hooks ----
 
@@ -128,11 +265,46 @@ class _StepTrainer(_BaseTrainer):
         """
         self.gather_function = partial(gather_uneven, self.accelerator)  # the loop sets it back at its end
         self._metrics["eval"].clear()
+        self._stop_clock()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         collected = self._metrics["eval"].pop(self.accelerator)
         exact = {f"{prefix}_{name}": value for name, value in collected.items()}
         return output._replace(metrics=(output.metrics or {}) | exact)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The step of `Trainer`; tokens and time are taken down."""
+        if self._clock is None:
+            self._clock = time.perf_counter()
+        if "num_tokens" in inputs:
+            tokens, pair_tokens = inputs["num_tokens"], inputs["num_pair_tokens"]
+            self._tokens_since_log.append(tokens)
+            self._metrics["train"].add("tokens/saved", (pair_tokens - tokens).float(), pair_tokens.float())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._seconds_since_log += time.perf_counter() - self._clock
+            self._clock = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of training, collected since the last log, to what is logged."""
+        if self.model.training:
+            logs.update(self._metrics["train"].pop(self.accelerator))
+            logs.update(self._token_metrics())
+        super().log(logs, start_time)
+
+    def _token_metrics(self) -> dict[str, float]:
+        if not self._tokens_since_log:
+            return {}
+        self._stop_clock()
+        own = torch.stack([tokens.float() for tokens in self._tokens_since_log]).sum().to(self.accelerator.device)
+        tokens = float(self.accelerator.reduce(own, reduction="sum"))
+        self._num_tokens += tokens
+        metrics = {"num_tokens": self._num_tokens, "tokens/per_second": tokens / self._seconds_since_log}
+        self._tokens_since_log.clear()
+        self._seconds_since_log = 0.0
+        return metrics
 
     def prediction_step(
         self,
@@ -231,15 +403,21 @@ def default_output_dir(model: Any, suffix: str) -> str:
     return f"{Path(name).name or type(model).__name__}-{suffix}"
 
 
-def row_length(row: dict[str, Any]) -> int:
-    """
-    Longest sequence of a tokenized row.
-
-    Args:
-        row (`dict`):
-            Tokenized row.
-
-    Returns:
-        `int`: tokens, context included.
-    """
-    return len(row["context_ids"]) + max(sum(map(len, branch)) for branch in row["branches"])
+def _sample(rows: Any, num_branches: int = 3, num_neighbours: int = 3) -> tuple[list[Any], int]:
+    """A few rows that are hard for a layout, the longest among them, with a few branches each; and its length."""
+    lengths = rows["length"] if hasattr(rows, "column_names") else [row_length(row) for row in rows]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    key = rows[longest].get("prompt_key")
+    keys = rows["prompt_key"] if hasattr(rows, "column_names") else [row.get("prompt_key") for row in rows]
+    neighbours = [index for index in range(len(keys)) if keys[index] == key and index != longest]
+    others = [index for index in range(len(keys)) if keys[index] != key or key is None]
+    chosen = dict.fromkeys([longest, *neighbours[:num_neighbours], *others[:2]])
+    sample = []
+    for index in chosen:
+        context_ids, branches = rows[index]["context_ids"], rows[index]["branches"][:num_branches]
+        # a sibling, as long as the first branch, so that there is something that must not be seen
+        size = sum(map(len, branches[0]))
+        branches = [*branches, [(context_ids + branches[0][0])[::-1][:size]]]
+        numbers = [1.0] * sum(map(len, branches))
+        sample.append({"context_ids": context_ids, "branches": branches, "advantages": numbers, "weights": numbers})
+    return sample, lengths[longest]
