@@ -11,20 +11,17 @@ figure.
 
 import argparse
 import json
-import os
-import platform
-import re
 import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from recording import REPOSITORY, machine, versions, write_between
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 SOURCES = ("critic", "monte_carlo")
 # Arguments that say nothing of how the demo was run: they differ by run or machine, or are for other data.
@@ -48,8 +45,8 @@ def record(runs: dict[int, dict]) -> dict:
     return {
         "command": "python benchmarks/demo.py --seeds " + " ".join(map(str, runs)),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}, no GPU",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "machine": machine(),
+        "versions": versions(*PACKAGES),
         "arguments": {
             name: value
             for name, value in next(iter(runs.values()))["arguments"].items()
@@ -116,17 +113,6 @@ def details(results: dict) -> str:
         f"Arguments: {settings}.\n\n{table(results)}\n\nThe critic on problems held out from its training:\n\n"
         f"{critic_table(results)}"
     )
-
-
-def write_between(path: Path, mark: str, text: str) -> None:
-    """Put the text between `<!-- mark -->` and `<!-- /mark -->`."""
-    pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-    content, number = pattern.subn(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", path.read_text())
-    if number != 1:
-        raise SystemExit(
-            f"{path} needs the marks <!-- {mark} --> and <!-- /{mark} --> once, found them {number} times."
-        )
-    path.write_text(content)
 
 
 def main() -> None:

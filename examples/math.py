@@ -190,6 +190,13 @@ class MathArguments:
     policy_warmup_steps: int | None = field(default=None, metadata={"help": "Warm-up steps. Paper: 0."})
     policy_batch_size: int | None = field(default=None, metadata={"help": "States per micro-batch."})
     policy_accumulation_steps: int | None = field(default=None, metadata={"help": "Micro-batches per step."})
+    layout: str = field(
+        default="tree",
+        metadata={
+            "help": "'tree' computes what sequences have in common once, 'padded' anew.",
+            "choices": ["tree", "padded"],
+        },
+    )
     eval_k: int = field(default=4, metadata={"help": "Samples per test problem, for mean@k and pass@k."})
     eval_split: str = field(
         default="test", metadata={"help": "Generated problems to evaluate on: 'test', or 'validation' while tuning."}
@@ -530,6 +537,7 @@ def shared_training_arguments(arguments: MathArguments, model_config: ModelConfi
         "model_init_kwargs": model_init_kwargs(model_config),
         "trust_remote_code": arguments.trust_remote_code,
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "layout": arguments.layout,
         "max_length": None,  # what was sampled fits; `max_new_tokens` is the limit
         "gradient_checkpointing": arguments.gradient_checkpointing,
         "dataloader_pin_memory": on_gpu,

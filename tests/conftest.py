@@ -43,12 +43,14 @@ def make_tokenizer(chat_template: str | None = None, **special_tokens: str | Non
 
 def tiny_config(architecture: str = "llama", **kwargs):
     """Configuration of a tiny model for the tests' tokenizer."""
-    from transformers import GPTNeoXConfig, LlamaConfig, Qwen2Config
+    import transformers
 
-    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gpt_neox": GPTNeoXConfig}[architecture]
+    names = {"gemma": "Gemma", "gemma2": "Gemma2", "gpt_neox": "GPTNeoX", "llama": "Llama", "mistral": "Mistral"}
+    names |= {"qwen2": "Qwen2", "qwen3": "Qwen3"}
+    config_class = getattr(transformers, f"{names[architecture]}Config")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     if architecture != "gpt_neox":
-        sizes["num_key_value_heads"] = 1
+        sizes |= {"num_key_value_heads": 1, "head_dim": 16}
     defaults = {"vocab_size": 258, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 1}
     return config_class(**(sizes | defaults | {"pad_token_id": 0} | kwargs))
 

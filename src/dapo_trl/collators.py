@@ -53,6 +53,7 @@ class _StepCollator(DataCollatorMixin):
             "input_ids": self._pad_rows(rows.input_ids, self.pad_token_id, length),
             "position_ids": self._pad_rows(rows.position_ids, 0, length),
             "subtree_end": self._pad_rows(rows.subtree_end, length, length),
+            "row_lengths": torch.tensor([length if self.flex_rows else len(row) for row in rows.input_ids]),
         }
         return batch, rows
 
@@ -68,7 +69,8 @@ class DataCollatorForStepPolicy(_StepCollator):
     The batch holds:
 
     - `"input_ids"` of shape `(R, T)`, padded on the right, with `"attention_mask"` in the padded layout and
-      `"position_ids"` and `"subtree_end"` in the tree layout, all of the same shape;
+      `"position_ids"` and `"subtree_end"` in the tree layout, all of the same shape, and there `"row_lengths"` of shape
+      `(R,)` and `"pair_rows"` of shape `(P,)`, the row that each pair is in;
     - `"parent_index"`, `"child_ids"` of shape `(N,)`: the place (row * T + position) whose output predicts a token, and
       that token;
     - `"token_index"`, `"pair_index"` of shape `(M,)`: which of the N tokens count for which pair;
@@ -141,6 +143,7 @@ class DataCollatorForStepPolicy(_StepCollator):
                 token_index.append(tokens[row, node])
                 pair_index.append(pair)
         batch |= _indices(parent_index, child_ids, token_index, pair_index)
+        batch["pair_rows"] = torch.tensor([row for row, _ in rows.places])
         batch["num_tokens"] = torch.tensor(rows.num_tokens)
         return batch
 
@@ -222,7 +225,7 @@ class DataCollatorForStepCritic(_StepCollator):
         states: list[int] = []
         for example in examples:
             context = tree.add(example["context_ids"])
-            if example.get("context_is_state", True):
+            if _has_context_state(example):
                 states.append(context[-1])
             for branch in example["branches"]:
                 last = context[-1] if context else -1
@@ -239,7 +242,7 @@ class DataCollatorForStepCritic(_StepCollator):
         sequences: list[list[int]] = []
         places: list[tuple[int, int]] = []
         for example in examples:
-            ends = [len(example["context_ids"])] if example.get("context_is_state", True) else []
+            ends = [len(example["context_ids"])] if _has_context_state(example) else []
             for branch in example["branches"]:
                 sequence = list(example["context_ids"])
                 for step in branch:
@@ -253,6 +256,61 @@ class DataCollatorForStepCritic(_StepCollator):
         batch["state_places"] = torch.tensor([row * length + position for row, position in places])
         batch["num_tokens"] = torch.tensor(sum(map(len, sequences)))
         return batch
+
+
+def split_rows(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """
+    A batch of trees as one batch per row. Pairs and states keep their order within a row.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Batch of [`DataCollatorForStepPolicy`] or [`DataCollatorForStepCritic`].
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: batches without padding; a padded batch or a single row as it is.
+    """
+    if "row_lengths" not in batch or len(batch["row_lengths"]) == 1:
+        return [batch]
+    rows = zip(batch["row_lengths"].tolist(), items_by_row(batch), strict=True)
+    return [_take_row(batch, row, length, items) for row, (length, items) in enumerate(rows)]
+
+
+def items_by_row(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """
+    The pairs, or states, of each row of a batch of trees.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Batch.
+
+    Returns:
+        `list[torch.Tensor]`: indices, row by row: concatenated, the order in which [`split_rows`] has them.
+    """
+    rows = batch["pair_rows"] if "pair_rows" in batch else batch["state_places"] // batch["input_ids"].shape[1]
+    return [(rows == row).nonzero().flatten() for row in range(len(batch["row_lengths"]))]
+
+
+def _take_row(batch: dict[str, torch.Tensor], row: int, length: int, items: torch.Tensor) -> dict[str, torch.Tensor]:
+    width = batch["input_ids"].shape[1]
+    part = {name: batch[name][row : row + 1, :length] for name in ("input_ids", "position_ids")}
+    part["subtree_end"] = batch["subtree_end"][row : row + 1, :length].clamp(max=length)
+    part["row_lengths"] = batch["row_lengths"][row : row + 1]
+    if "state_places" in batch:
+        part["state_places"] = batch["state_places"][items] - row * width
+    else:
+        new_pair = torch.full_like(batch["pair_rows"], -1)
+        new_pair[items] = torch.arange(len(items), device=items.device)
+        tokens = (batch["parent_index"] // width == row).nonzero().flatten()
+        new_token = torch.full_like(batch["parent_index"], -1)
+        new_token[tokens] = torch.arange(len(tokens), device=tokens.device)
+        counted = new_pair[batch["pair_index"]] >= 0
+        part |= {"parent_index": batch["parent_index"][tokens] - row * width, "child_ids": batch["child_ids"][tokens]}
+        part |= {"token_index": new_token[batch["token_index"][counted]]}
+        part |= {"pair_index": new_pair[batch["pair_index"][counted]], "pair_rows": torch.zeros_like(items)}
+    for name in ("state_index", "advantages", "weights", "ref_logps", "successes", "rollouts"):
+        if name in batch:
+            part[name] = batch[name][items]
+    return part
 
 
 def num_pair_tokens(example: dict[str, Any]) -> int:
@@ -288,6 +346,14 @@ def num_state_tokens(example: dict[str, Any]) -> int:
     """
     context = len(example["context_ids"]) if example.get("context_is_state", True) else 0
     return context + num_pair_tokens(example)
+
+
+def _has_context_state(example: dict[str, Any]) -> bool:
+    if not example.get("context_is_state", True):
+        return False
+    if not example["context_ids"]:
+        raise ValueError("A row has no context, so the state before its first step has no token to be read at.")
+    return True
 
 
 def _indices(

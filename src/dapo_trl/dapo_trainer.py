@@ -28,6 +28,7 @@ from dapo_trl.cards import PAPER, POLICY_TAGS, POLICY_TEMPLATE
 from dapo_trl.collators import DataCollatorForStepPolicy
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.losses import dapo_loss
+from dapo_trl.metrics import RatioMetrics
 from dapo_trl.modeling import (
     add_adapter,
     backbone_outputs_at,
@@ -39,7 +40,7 @@ from dapo_trl.modeling import (
 from dapo_trl.preprocessing import prepare_policy_dataset
 from dapo_trl.ref_logps import add_ref_logps, check_ref_model, model_fingerprint
 from dapo_trl.samplers import group_rows
-from dapo_trl.step_trainer import _StepTrainer, default_output_dir
+from dapo_trl.step_trainer import _StepTrainer, default_output_dir, length_limit
 
 
 if TYPE_CHECKING:
@@ -220,11 +221,13 @@ class DAPOTrainer(_StepTrainer):
                 "is run in every step."
             )
             dataset = dataset.remove_columns("ref_logps")
+        max_length, limit_name = length_limit(args)
         prepared, self.preprocessing_report[name] = prepare_policy_dataset(
             dataset,
             processing_class,
             name=name,
-            max_length=min((n for n in (args.max_length, args.max_tokens_per_row) if n is not None), default=None),
+            max_length=max_length,
+            limit_name=limit_name,
             min_advantage_gap=args.min_advantage_gap,
             duplicate_weights=args.duplicate_weights,
             num_proc=args.dataset_num_proc,
@@ -233,7 +236,10 @@ class DAPOTrainer(_StepTrainer):
 
     def _prepare_if_raw(self, dataset: Any, name: str) -> Any:
         prepared = super()._prepare_if_raw(dataset, name)
-        if prepared is dataset or not self.args.precompute_ref_log_probs:
+        if prepared is dataset:
+            return prepared
+        self._settle_layout(prepared, [self.model])
+        if not self.args.precompute_ref_log_probs:
             return prepared
         check_ref_model(dataset, self._ref_fingerprint, name)
         if "ref_logps" in prepared.column_names:
@@ -314,7 +320,9 @@ class DAPOTrainer(_StepTrainer):
             engine = prepare_deepspeed(self.model, self.accelerator)
         with self._reference() as reference:
             policies = [] if engine is not None or self.is_fsdp_enabled else [self.model]
-            self._settle_layout(self.train_dataset, [engine or reference, *policies])
+            parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            for rows in (self.train_dataset, *(part for part in parts if part is not None)):
+                self._settle_layout(rows, [engine or reference, *policies])
             args = self.args
             if not args.precompute_ref_log_probs:
                 return
@@ -344,7 +352,7 @@ class DAPOTrainer(_StepTrainer):
 
             def score(indices: list[int]) -> list[list[float]]:
                 batch = self.data_collator([dataset[index] for index in indices])
-                logps = self._score(engine or reference, self._prepare_inputs(batch)).cpu()
+                logps = self._score_without_gradients(engine or reference, self._prepare_inputs(batch)).cpu()
                 return [logps[batch["state_index"].cpu() == row].tolist() for row in range(len(indices))]
 
             if self.layout == "tree":
@@ -400,11 +408,12 @@ class DAPOTrainer(_StepTrainer):
         Returns:
             `torch.Tensor` or `tuple`: the loss, and `{"log_ratios": ...}` of shape `(P,)`.
         """
-        logps = self._score(model, inputs)
+        score = self._score if torch.is_grad_enabled() else self._score_without_gradients
+        logps = score(model, inputs)
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None:
             with self._reference() as reference:
-                ref_logps = self._score(reference, inputs)
+                ref_logps = self._score_without_gradients(reference, inputs)
         advantages, weights = inputs["advantages"], inputs["weights"]
         loss_sum = dapo_loss(logps, ref_logps, advantages, self.args.beta, weights, reduction="sum")
         if num_items_in_batch is None:
@@ -428,6 +437,20 @@ class DAPOTrainer(_StepTrainer):
         metrics.add("log_ratios/negative", log_ratios[negative].sum(), negative.sum())
         metrics.add("kl", -(weights * log_ratios).sum(), weights.sum())
         metrics.add("target_reached", (log_ratios * targets).sum(), (targets**2).sum())
+        if mode == "eval":
+            metrics.add("loss", loss_sum, weights.sum())
+            self._record_gap(metrics, inputs)
+
+    def _record_batch(self, inputs: dict[str, torch.Tensor]) -> None:
+        metrics = self._metrics["train"]
+        self._record_gap(metrics, inputs)
+        # Counts are per optimizer step: a micro-batch is a fraction of one.
+        share = torch.tensor(1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes))
+        metrics.add("pairs", torch.tensor(float(len(inputs["advantages"]))), share)
+        metrics.add("states", inputs["state_index"][-1] + 1, share)
+
+    def _record_gap(self, metrics: RatioMetrics, inputs: dict[str, torch.Tensor]) -> None:
+        advantages = inputs["advantages"]
         num_states = inputs["state_index"][-1] + 1
         bounds = [
             advantages.new_zeros(int(num_states)).scatter_reduce(
@@ -436,13 +459,6 @@ class DAPOTrainer(_StepTrainer):
             for reduce in ("amax", "amin")
         ]
         metrics.add("advantage_gap", (bounds[0] - bounds[1]).sum(), num_states)
-        if mode == "eval":
-            metrics.add("loss", loss_sum, weights.sum())
-            return
-        # Counts are per optimizer step: a micro-batch is a fraction of one.
-        share = torch.tensor(1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes))
-        metrics.add("pairs", torch.tensor(float(len(advantages))), share)
-        metrics.add("states", num_states, share)
 
     # ---- Trainer hooks ----
 

@@ -259,7 +259,7 @@ def tree_mask(subtree_end: torch.Tensor) -> torch.Tensor:
 
     Args:
         subtree_end (`torch.Tensor` of shape `(R, T)`):
-            Position after the last token below each token. For padding its own position plus 1.
+            Position after the last token below each token; T for padding at a row's end.
 
     Returns:
         `torch.Tensor` of shape `(R, T, T)`, bool: whether a query (second dimension) sees a key (third).
@@ -308,9 +308,9 @@ class AttentionBlock:
 
 
 # Cost of one more block, in products of a query and a key: starting it, and gathering each key of its path. Measured on
-# two CPU cores for 4 heads of 64; the optimum is flat.
-_BLOCK_COST = 4096
-_GATHER_COST = 32
+# a CPU for 4 heads of 64; the optimum is flat.
+_BLOCK_COST = 1500
+_GATHER_COST = 8
 _LONGEST_BLOCK = 256
 
 

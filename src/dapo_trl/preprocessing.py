@@ -246,6 +246,7 @@ def prepare_policy_dataset(
     min_advantage_gap: float = 0.0,
     duplicate_weights: str = "uniform",
     num_proc: int | None = None,
+    limit_name: str = "max_length",
 ) -> tuple[Dataset, dict[str, int]]:
     """
     Check, tokenize, truncate and filter the rows that [`DAPOTrainer`] trains on.
@@ -265,6 +266,8 @@ def prepare_policy_dataset(
             `"uniform"` or `"counts"`.
         num_proc (`int`, *optional*):
             Processes that tokenize.
+        limit_name (`str`, *optional*, defaults to `"max_length"`):
+            The argument that set `max_length`, for messages.
 
     Returns:
         `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts: `rows`, `rows_kept`, `rows_merged` (joined another
@@ -324,7 +327,9 @@ def prepare_policy_dataset(
         return "without_contrast" if no_contrast else "kept"
 
     fates = [fate(row) for row in tokenized.select_columns(["advantages", "num_branches"])]
-    prepared, report = _select(tokenized, fates, len(dataset), num_merged, name, max_length, min_advantage_gap)
+    prepared, report = _select(
+        tokenized, fates, len(dataset), num_merged, name, f"{limit_name}={max_length}", min_advantage_gap
+    )
     if "ref_logps" in prepared.column_names:
         check_ref_logps_are_complete(prepared, name)
     return prepared, report
@@ -336,6 +341,7 @@ def prepare_critic_dataset(
     name: str = "train",
     max_length: int | None = None,
     num_proc: int | None = None,
+    limit_name: str = "max_length",
 ) -> tuple[Dataset, dict[str, int]]:
     """
     Check, tokenize and truncate the rows that [`StepCriticTrainer`] trains on.
@@ -351,6 +357,8 @@ def prepare_critic_dataset(
             Longest sequence in tokens; what exceeds it is cut by whole steps.
         num_proc (`int`, *optional*):
             Processes that tokenize.
+        limit_name (`str`, *optional*, defaults to `"max_length"`):
+            The argument that set `max_length`, for messages.
 
     Returns:
         `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts as of [`prepare_policy_dataset`].
@@ -375,7 +383,7 @@ def prepare_critic_dataset(
     features = _TOKEN_FEATURES | {"successes": List(Value("float64")), "rollouts": List(Value("float64"))}
     tokenized = _tokenize(dataset, tokenize, features, name, num_proc)
     fates = ["kept" if steps else "too_long" for steps in tokenized["steps"]]
-    return _select(tokenized, fates, len(dataset), 0, name, max_length)
+    return _select(tokenized, fates, len(dataset), 0, name, f"{limit_name}={max_length}")
 
 
 def _check_kind(dataset: Any, name: str) -> None:
@@ -484,7 +492,7 @@ def _select(
     num_rows: int,
     num_merged: int,
     name: str,
-    max_length: int | None,
+    limit: str,
     min_advantage_gap: float = 0.0,
 ) -> tuple[Dataset, dict[str, int]]:
     """The rows to train on, and the report."""
@@ -500,12 +508,12 @@ def _select(
     selected = tokenized.select(kept)
     report["steps"] = sum(selected["steps"])
     first_too_long = tokenized["index"][fates.index("too_long")] if report["rows_too_long"] else None
-    _explain(report, first_too_long, name, max_length, min_advantage_gap)
+    _explain(report, first_too_long, name, limit, min_advantage_gap)
     return selected.remove_columns(list(_FATE_FEATURES)), report
 
 
 def _explain(
-    report: dict[str, int], first_too_long: int | None, name: str, max_length: int | None, min_advantage_gap: float
+    report: dict[str, int], first_too_long: int | None, name: str, limit: str, min_advantage_gap: float
 ) -> None:
     """Say what was left out and why; refuse to go on with nothing."""
     if report["rows_merged"]:
@@ -514,7 +522,7 @@ def _explain(
     if report["steps_truncated"]:
         first = "" if first_too_long is None else f"; row {first_too_long} is the first"
         reasons.append(
-            f"{report['steps_truncated']} steps did not fit into `max_length={max_length}`, which leaves "
+            f"{report['steps_truncated']} steps did not fit into `{limit}`, which leaves "
             f"{report['rows_too_long']} rows with none{first}"
         )
     if report["rows_without_contrast"]:
@@ -525,7 +533,7 @@ def _explain(
     if not report["rows_kept"]:
         raise ValueError(
             f"No row of `{name}_dataset` ({report['rows']} rows) can be trained on: {' and '.join(reasons)}. Raise "
-            "`max_length`, lower `min_advantage_gap`, or collect data with more contrast."
+            f"`{limit.partition('=')[0]}`, lower `min_advantage_gap`, or collect data with more contrast."
         )
     if reasons:
         logger.warning(

@@ -73,6 +73,12 @@ def read_ref_logps(row: dict[str, Any], tokens: dict[str, Any]) -> list[float]:
             f"({own!r}): its prompt, its steps, or the chat template have changed. Remove the column to compute them "
             "anew."
         )
+    for step, logp in enumerate(row["ref_logps"]):
+        if logp is not None and not math.isfinite(logp):
+            raise ValueError(
+                f"column `ref_logps`: the number of step {step} is {logp}. A log-probability is finite; remove the "
+                "column to compute them anew."
+            )
     return [math.nan if logp is None else float(logp) for logp in row["ref_logps"]]
 
 

@@ -34,7 +34,7 @@ from dapo_trl.modeling import (
 )
 from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset, prompt_key, row_length, tokenize_row
 from dapo_trl.step_critic_config import StepCriticConfig
-from dapo_trl.step_trainer import _StepTrainer, default_output_dir
+from dapo_trl.step_trainer import _StepTrainer, default_output_dir, length_limit
 
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ class StepCriticTrainer(_StepTrainer):
             that end the solution are guesses like all others; [`add_advantages`] replaces them by the true `rewards`.
 
         Raises:
-            ValueError: if the rows are of another format, or one is longer than `max_length`.
+            ValueError: if the rows are of another format, or one is longer than `max_length` or
+                `max_tokens_per_row`.
         """
         row_format = _format_to_predict(dataset)
         check_fingerprint(dataset, self.processing_class)
@@ -192,16 +193,17 @@ class StepCriticTrainer(_StepTrainer):
             for row in dataset
         ]
         lengths = [row_length(row) for row in rows]
-        if self.args.max_length is not None and max(lengths) > self.args.max_length:
+        max_length, limit_name = length_limit(self.args)
+        if max_length is not None and max(lengths) > max_length:
             index = lengths.index(max(lengths))
             raise ValueError(
-                f"Row {index} has {lengths[index]} tokens, more than `max_length={self.args.max_length}`. Raise "
-                "`max_length` or leave the row out: every state needs a value."
+                f"Row {index} has {lengths[index]} tokens, more than `{limit_name}={max_length}`. Raise "
+                f"`{limit_name}` or leave the row out: every state needs a value."
             )
 
         def score(indices: list[int]) -> list[list[float]]:
             inputs = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
-            values = torch.sigmoid(self._score(self.model, inputs)).cpu()
+            values = torch.sigmoid(self._score_without_gradients(self.model, inputs)).cpu()
             sizes = [sum(map(len, rows[i]["branches"])) + rows[i]["context_is_state"] for i in indices]
             return [part.tolist() for part in values.split(sizes)]
 
@@ -222,13 +224,21 @@ class StepCriticTrainer(_StepTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: StepCriticConfig, name: str
     ) -> Dataset:
+        max_length, limit_name = length_limit(args)
         prepared, self.preprocessing_report[name] = prepare_critic_dataset(
             dataset,
             processing_class,
             name=name,
-            max_length=min((n for n in (args.max_length, args.max_tokens_per_row) if n is not None), default=None),
+            max_length=max_length,
+            limit_name=limit_name,
             num_proc=args.dataset_num_proc,
         )
+        return prepared
+
+    def _prepare_if_raw(self, dataset: Any, name: str) -> Any:
+        prepared = super()._prepare_if_raw(dataset, name)
+        if prepared is not dataset:
+            self._settle(prepared)
         return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -271,7 +281,8 @@ class StepCriticTrainer(_StepTrainer):
         Returns:
             `torch.Tensor` or `tuple`: the loss, and `{"logits": ...}` of shape `(S,)`.
         """
-        logits, rollouts = self._score(model, inputs), inputs["rollouts"]
+        score = self._score if torch.is_grad_enabled() else self._score_without_gradients
+        logits, rollouts = score(model, inputs), inputs["rollouts"]
         loss_sum = critic_loss(logits, inputs["successes"], rollouts, self.args.state_weights, reduction="sum")
         weight = critic_weights(rollouts, self.args.state_weights).sum()
         if not self.model.training:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PredictionOutput
 from trl.trainer.base_trainer import _BaseTrainer
 
 from dapo_trl.cards import save_model_card
+from dapo_trl.collators import items_by_row, split_rows
 from dapo_trl.metrics import RatioMetrics, gather_uneven
 from dapo_trl.modeling import transformers_model
 from dapo_trl.preprocessing import row_length
@@ -27,8 +28,10 @@ from dapo_trl.tree_attention import ATTENTION_NAME, candidate_attentions, tree_a
 
 logger = get_logger(__name__)
 
-# Budget of a row of trees under dense attention, whose cost grows with its square; shorter rows repeat more paths.
+# Budgets of a row of trees: under dense attention, whose cost grows with its square; and on a CPU, whose caches longer
+# rows leave. Shorter rows repeat more paths. Measured on two cores at a width of 256; the optimum is flat.
 _DENSE_ROW = 2048
+_CPU_ROW = 4096
 
 
 class _StepTrainer(_BaseTrainer):
@@ -41,8 +44,8 @@ class _StepTrainer(_BaseTrainer):
 
     Attributes:
         layout (`str` or `None`):
-            Layout in use, `"tree"` or `"padded"`: the one asked for, if the model can. `None` for a data collator of
-            the user's, and before any rows are known.
+            Layout in use, `"tree"` or `"padded"`: the one asked for, if the model can. `None` for a data collator that
+            knows no layouts, and before any rows are known.
     """
 
     loss_is_scaled_for_ga: Any = True  # by the weight of the whole optimizer step, see `_get_num_items_in_batch`
@@ -95,6 +98,15 @@ class _StepTrainer(_BaseTrainer):
     def _score(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """What is read from the model for a batch, one number per pair or state, float32."""
 
+    def _score_without_gradients(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The same row by row, so that the budget of a row bounds memory."""
+        parts = split_rows(inputs) if self.accelerator.num_processes == 1 else [inputs]
+        with torch.no_grad():
+            scores = torch.cat([self._score(model, part) for part in parts])
+        if len(parts) == 1:
+            return scores
+        return torch.empty_like(scores).index_copy(0, torch.cat(items_by_row(inputs)).to(scores.device), scores)
+
     # ---- Layout ----
 
     def _settle_layout(self, rows: Sequence[Any], models: Sequence[Any]) -> None:
@@ -107,21 +119,34 @@ class _StepTrainer(_BaseTrainer):
             models (`Sequence`):
                 Models that shall score trees, as they will be called.
         """
-        if self._has_own_collator or self.layout is not None:
+        wanted = getattr(self.data_collator, "layout", None) if self._has_own_collator else self.args.layout
+        if self.layout == "padded":
             return
-        self.layout = "padded"
-        if self.args.layout == "padded":
+        if wanted != "tree":
+            self.layout = wanted
             return
         sample, longest = _sample(rows)
-        reason = self._try_trees(sample, max(longest, self.args.max_length or 0), models)
+        longest = max(longest, length_limit(self.args)[0] or 0)
+        if self.layout == "tree":  # other rows: they may be longer
+            reason = next((why for model in models if (why := tree_obstacle(transformers_model(model), longest))), None)
+        else:
+            reason = self._try_trees(sample, longest, models)
         if reason is None:
             self.layout = "tree"
+            self._set_row_budget(longest)
             return
+        name = type(transformers_model(self.model)).__name__
+        if self._has_own_collator:
+            raise ValueError(
+                f"`data_collator` lays rows out as trees, but {name} cannot have it: {reason}. Make it with "
+                '`layout="padded"`.'
+            )
+        self.layout = "padded"
         self._use_layout("padded")
         logger.warning(
-            f'`layout="tree"` was asked for, but {type(transformers_model(self.model)).__name__} cannot have it: '
-            f"{reason}. The layout is padded: every step is learned from as before, but shared prefixes are computed "
-            'again for each sequence. Set `layout="padded"` to silence this.'
+            f'`layout="tree"` was asked for, but {name} cannot have it: {reason}. The layout is padded: every step is '
+            "learned from as before, but shared prefixes are computed again for each sequence. Set "
+            '`layout="padded"` to silence this.'
         )
 
     def _try_trees(self, sample: list[Any], longest: int, models: Sequence[Any]) -> str | None:
@@ -131,12 +156,14 @@ class _StepTrainer(_BaseTrainer):
         for model in plain:
             if reason := tree_obstacle(model, longest):
                 return reason
-        reason = None
+        reason = "its reference policy has another attention implementation"
         for attention in candidate_attentions(plain[0]):
+            if any(attention not in candidate_attentions(model) for model in plain):
+                continue
             if attention != "dense":
                 for model in plain:
                     model.set_attn_implementation(ATTENTION_NAME)
-            self._use_layout("tree", attention, longest)
+            self._use_layout("tree", attention)
             reasons = [reason for model in models if (reason := self._check_trees(model, sample))]
             reasons = [reason for reason in gather_object(reasons) if reason]
             if not reasons:
@@ -154,7 +181,7 @@ class _StepTrainer(_BaseTrainer):
                 for layout in ("padded", "tree"):
                     self.data_collator.layout = layout
                     inputs = self._prepare_inputs(self.data_collator(sample))
-                    scores[layout] = self._score(model, inputs).double()
+                    scores[layout] = self._score_without_gradients(model, inputs).double()
         except Exception as error:  # whatever a model of unknown architecture may object to
             return f"scoring a sample failed with {type(error).__name__}: {error}"
         difference = (scores["tree"] - scores["padded"]).abs()
@@ -173,12 +200,18 @@ class _StepTrainer(_BaseTrainer):
         is_half = dtype in (torch.bfloat16, torch.float16) or self.accelerator.mixed_precision in ("bf16", "fp16")
         return 2e-2 if is_half else 1e-4
 
-    def _use_layout(self, layout: str, attention: str = "", longest: int = 0) -> None:
+    def _set_row_budget(self, longest: int) -> None:
+        """Unless it is given: what suits the attention and the device, and holds the longest sequence."""
+        if self.args.max_tokens_per_row is not None or self._has_own_collator:
+            return
+        by_default = _DENSE_ROW if self._attention == "dense" else _CPU_ROW if self.model.device.type == "cpu" else None
+        if by_default is not None:
+            self.data_collator.max_tokens_per_row = max(self.data_collator.max_tokens_per_row or by_default, longest)
+
+    def _use_layout(self, layout: str, attention: str = "") -> None:
         self._attention = attention
         self.data_collator.layout = layout
         self.data_collator.flex_rows = attention == "flex"
-        if attention == "dense" and self.args.max_tokens_per_row is None:
-            self.data_collator.max_tokens_per_row = max(_DENSE_ROW, longest)
 
     def _model_inputs(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What the model's forward takes of a batch."""
@@ -272,15 +305,26 @@ class _StepTrainer(_BaseTrainer):
         exact = {f"{prefix}_{name}": value for name, value in collected.items()}
         return output._replace(metrics=(output.metrics or {}) | exact)
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The step of `Trainer`; tokens and time are taken down."""
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of an optimizer step; from here on, time counts as training."""
         if self._clock is None:
             self._clock = time.perf_counter()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The step of `Trainer`; tokens are counted."""
         if "num_tokens" in inputs:
+            self._record_batch(inputs)
             tokens, pair_tokens = inputs["num_tokens"], inputs["num_pair_tokens"]
             self._tokens_since_log.append(tokens)
             self._metrics["train"].add("tokens/saved", (pair_tokens - tokens).float(), pair_tokens.float())
-        return super().training_step(model, inputs, *args, **kwargs)
+        # Row by row, so that the budget of a row bounds memory. Several processes would have to agree on their number.
+        parts = split_rows(inputs) if self.accelerator.num_processes == 1 else [inputs]
+        losses = [super(_StepTrainer, self).training_step(model, part, *args, **kwargs) for part in parts]
+        return torch.stack(losses).sum()
+
+    def _record_batch(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Metrics of a batch as a whole, before its rows part."""
 
     def _stop_clock(self) -> None:
         if self._clock is not None:
@@ -297,11 +341,15 @@ class _StepTrainer(_BaseTrainer):
     def _token_metrics(self) -> dict[str, float]:
         if not self._tokens_since_log:
             return {}
-        self._stop_clock()
+        if self._clock is not None:
+            self._stop_clock()
+            self._clock = time.perf_counter()
         own = torch.stack([tokens.float() for tokens in self._tokens_since_log]).sum().to(self.accelerator.device)
         tokens = float(self.accelerator.reduce(own, reduction="sum"))
         self._num_tokens += tokens
-        metrics = {"num_tokens": self._num_tokens, "tokens/per_second": tokens / self._seconds_since_log}
+        metrics = {"num_tokens": self._num_tokens}
+        if self._seconds_since_log:
+            metrics["tokens/per_second"] = tokens / self._seconds_since_log
         self._tokens_since_log.clear()
         self._seconds_since_log = 0.0
         return metrics
@@ -381,6 +429,7 @@ class _StepTrainer(_BaseTrainer):
         save_model_card(self, super().create_model_card, *args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._stop_clock()
         name = self.args.hub_model_id or Path(self.args.output_dir or "").name
         self.create_model_card(model_name=name.split("/")[-1])
         super()._save_checkpoint(model, trial)
@@ -401,6 +450,21 @@ def default_output_dir(model: Any, suffix: str) -> str:
     """
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     return f"{Path(name).name or type(model).__name__}-{suffix}"
+
+
+def length_limit(args: Any) -> tuple[int | None, str]:
+    """
+    Longest sequence that is let through, and the argument that says so.
+
+    Args:
+        args ([`DAPOConfig`] or [`StepCriticConfig`]):
+            Configuration.
+
+    Returns:
+        `tuple[int | None, str]`: tokens, or `None` for no limit; `"max_length"` or `"max_tokens_per_row"`.
+    """
+    limits = [(getattr(args, name), name) for name in ("max_length", "max_tokens_per_row")]
+    return min((limit for limit in limits if limit[0] is not None), default=(None, "max_length"))
 
 
 def _sample(rows: Any, num_branches: int = 3, num_neighbours: int = 3) -> tuple[list[Any], int]:

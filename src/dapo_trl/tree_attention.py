@@ -51,12 +51,12 @@ class BlockAttention:
                 seen = torch.cat([*(torch.arange(start, stop) for start, stop in block.runs), own])
                 visible = (seen <= own[:, None]) & (own[:, None] < row_ends[seen])
                 is_causal = not block.runs and bool((row_ends[own] >= block.stop).all())
-                self._visible.append(None if is_causal else visible.to(subtree_end.device))
+                self._visible.append(None if is_causal else visible)
                 self.query_sizes.append(len(own))
                 self.key_sizes.append(len(seen))
                 keys.append(seen + offset)
-        self._keys = torch.cat(keys).to(subtree_end.device)
-        self._masks: dict[torch.dtype, list[torch.Tensor | None]] = {}
+        self._keys = {torch.device("cpu"): torch.cat(keys)}
+        self._masks: dict[tuple[torch.dtype, torch.device], list[torch.Tensor | None]] = {}
 
     @property
     def num_products(self) -> int:
@@ -91,25 +91,38 @@ class BlockAttention:
         """
         rows, _, length, _ = query.shape
         queries = _join_rows(query).transpose(0, 1)[None].split(self.query_sizes, dim=2)
-        keys = _join_rows(key).index_select(0, self._keys).transpose(0, 1)[None].split(self.key_sizes, dim=2)
-        values = _join_rows(value).index_select(0, self._keys).transpose(0, 1)[None].split(self.key_sizes, dim=2)
+        keys, values = (
+            self._gather(_join_rows(states)).transpose(0, 1)[None].split(self.key_sizes, dim=2)
+            for states in (key, value)
+        )
         options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
         outputs = [
             F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
-            for q, k, v, mask in zip(queries, keys, values, self._float_masks(query.dtype), strict=True)
+            for q, k, v, mask in zip(queries, keys, values, self._float_masks(query), strict=True)
         ]
         return torch.cat([output[0].transpose(0, 1) for output in outputs]).unflatten(0, (rows, length))
 
-    def _float_masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    # Index and masks are made once for each device: a model may be split over several.
+
+    def _gather(self, states: torch.Tensor) -> torch.Tensor:
+        """Keys or values of each block in turn; as they are where no block needs any of another."""
+        if sum(self.key_sizes) == len(states):
+            return states
+        if states.device not in self._keys:
+            self._keys[states.device] = self._keys[torch.device("cpu")].to(states.device)
+        return states.index_select(0, self._keys[states.device])
+
+    def _float_masks(self, query: torch.Tensor) -> list[torch.Tensor | None]:
         """Additive masks: SDPA would make them from boolean ones in every layer."""
-        if dtype not in self._masks:
-            self._masks[dtype] = [
+        key = (query.dtype, query.device)
+        if key not in self._masks:
+            self._masks[key] = [
                 None
                 if visible is None
-                else torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+                else torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, -torch.inf).to(query.device)
                 for visible in self._visible
             ]
-        return self._masks[dtype]
+        return self._masks[key]
 
 
 def _join_rows(states: torch.Tensor) -> torch.Tensor:
@@ -212,7 +225,7 @@ def prefix_tree_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    for name in ("softcap", "position_bias", "s_aux", "sliding_window"):
+    for name in ("softcap", "position_bias", "s_aux"):  # a sliding window is known to hold every sequence
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{type(module).__name__} asks for `{name}`")
     return tree(query, key, value, scaling, dropout), None
@@ -266,7 +279,7 @@ def tree_obstacle(model: PreTrainedModel, longest: int) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = _window(config, kinds)
     if window is not None and window < longest:
-        return f"its attention looks back {window} tokens only, and the longest sequence has {longest}"
+        return f"its attention looks back {window} tokens only, and sequences may have {longest}"
     if other := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
         return f"it has layers of kind {', '.join(sorted(map(repr, other)))}, which cannot branch"
     return None
