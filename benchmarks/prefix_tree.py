@@ -317,7 +317,11 @@ def token_ratio(states: list[dict[str, Any]], folder: str, arguments: argparse.N
         rows = trainer.train_dataset
         rows = rows.select(sorted(range(len(rows)), key=rows["length"].__getitem__))
         size = len(rows) if layout == "tree" else SEQUENCES // num_candidates
-        sizes[layout] = sum(trainer.data_collator(batch)["input_ids"].numel() for batch in micro_batches(rows, size))
+        batches = [trainer.data_collator(batch) for batch in micro_batches(rows, size)]
+        # rows of trees go through the model one by one, without padding
+        sizes[layout] = sum(
+            int(batch["num_tokens"]) if layout == "tree" else batch["input_ids"].numel() for batch in batches
+        )
     return sizes["padded"] / sizes["tree"]
 
 
@@ -428,7 +432,9 @@ MEASURES = {"speed": measure_speed, "dpo": measure_dpo, "critic": measure_critic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(MEASURES), help="measure these, and record nothing")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(MEASURES), help="measure these, and keep the record of the others"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_problems", type=int, default=1, help="problems in an optimizer step, for speed")
@@ -448,8 +454,10 @@ def main() -> None:
         else:
             chosen = arguments.only or list(MEASURES)
             results = {name: MEASURES[name](arguments, folder) for name in chosen}
-    if arguments.only:
-        return
+    name = "prefix_tree_gpu" if arguments.gpu else "prefix_tree"
+    path = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
+    if arguments.only and path.exists():
+        results = json.loads(path.read_text())["results"] | results
     record = {
         "command": "python benchmarks/prefix_tree.py" + "".join(f" {word}" for word in sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
@@ -459,8 +467,6 @@ def main() -> None:
         "repeats": arguments.repeats,
         "results": results,
     }
-    name = "prefix_tree_gpu" if arguments.gpu else "prefix_tree"
-    path = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     if not arguments.gpu:
         write_between(REPOSITORY / "benchmarks" / "README.md", "prefix tree", details(record))

@@ -12,6 +12,7 @@ from dapo_trl.collators import (
     DataCollatorForStepPolicy,
     num_pair_tokens,
     num_state_tokens,
+    split_rows,
 )
 
 
@@ -126,6 +127,8 @@ class TestDataCollatorForStepPolicy:
             "input_ids": [[1, 2, 3, 6]],
             "position_ids": [[0, 1, 2, 2]],
             "subtree_end": [[4, 4, 3, 4]],
+            "row_lengths": [4],
+            "pair_rows": [0, 0, 0, 0],
             "parent_index": [1, 2, 2, 1, 3],
             "child_ids": [3, 4, 5, 6, 7],
             "token_index": [0, 1, 0, 2, 3, 4],
@@ -245,6 +248,7 @@ class TestDataCollatorForStepCritic:
             "input_ids": [[1, 2, 3, 4, 5, 6]],
             "position_ids": [[0, 1, 2, 3, 4, 3]],
             "subtree_end": [[6, 6, 6, 5, 5, 6]],
+            "row_lengths": [6],
             "state_places": [1, 2, 4, 2, 5],
             "num_tokens": 6,
         }
@@ -360,3 +364,38 @@ class TestCounts:
         row = {"context_ids": [], "branches": [[[3], [4, 5]]]}
         assert num_pair_tokens(row) == 4
         assert num_state_tokens(row) == 4
+
+
+class TestSplitRows:
+    def test_policy_by_hand(self):
+        """
+        Context 1 2 with steps 3 4 5 and 6 7 8, at most 4 tokens a row: 1 2 3 4 and 1 2 6 7, the last of a branch left
+        out. In a row, places are positions: 3 and 6 are predicted at 1, 4 and 7 at 2, 5 and 8 at 3.
+        """
+        row = {"context_ids": [1, 2], "branches": [[[3, 4, 5]], [[6, 7, 8]]], "advantages": [0.5, -0.5]}
+        batch = DataCollatorForStepPolicy(PAD, max_tokens_per_row=4)([row | {"weights": [1, 2]}])
+        parts = split_rows(batch)
+        assert [part["input_ids"].tolist() for part in parts] == [[[1, 2, 3, 4]], [[1, 2, 6, 7]]]
+        assert [part["child_ids"].tolist() for part in parts] == [[3, 4, 5], [6, 7, 8]]
+        assert [part["weights"].tolist() for part in parts] == [[1], [2]]
+        for part in parts:
+            assert part["subtree_end"].tolist() == [[4, 4, 4, 4]]
+            assert part["parent_index"].tolist() == [1, 2, 3]
+            assert part["token_index"].tolist() == [0, 1, 2]
+            assert part["pair_index"].tolist() == [0, 0, 0]
+
+    def test_critic_by_hand(self):
+        """Rows 1 2 3 4 and 1 2 5, cut to their length; the context is read in the first."""
+        row = {"context_ids": [1, 2], "branches": [[[3, 4]], [[5]]], "successes": [1, 2, 3], "rollouts": [4, 5, 6]}
+        batch = DataCollatorForStepCritic(PAD, max_tokens_per_row=4)([row])
+        parts = split_rows(batch)
+        assert [part["input_ids"].tolist() for part in parts] == [[[1, 2, 3, 4]], [[1, 2, 5]]]
+        assert [part["subtree_end"].tolist() for part in parts] == [[[4, 4, 4, 4]], [[3, 3, 3]]]
+        assert [part["state_places"].tolist() for part in parts] == [[1, 3], [2]]
+        assert [part["rollouts"].tolist() for part in parts] == [[4, 5], [6]]
+
+    def test_what_is_one_row_or_padded_stays(self):
+        row = {"context_ids": [1, 2], "branches": [[[3, 4]], [[5]]], "advantages": [0.5, -0.5], "weights": [1, 1]}
+        for layout in ("tree", "padded"):
+            batch = DataCollatorForStepPolicy(PAD, layout=layout)([row])
+            assert split_rows(batch) == [batch]

@@ -328,10 +328,10 @@ def test_training_with_eager_attention(tmp_path, model):
 # ---- Negative controls ----
 
 
-def causal_arguments(subtree_end, attention, dtype):
+def causal_arguments(subtree_end, *args):
     """What the model would get if every token of a row saw all before it."""
     everything = torch.full_like(subtree_end, subtree_end.shape[1])
-    return dapo_trl.tree_attention.tree_arguments(everything, attention, dtype)
+    return dapo_trl.tree_attention.tree_arguments(everything, *args)
 
 
 @pytest.mark.parametrize("kind", ["policy", "critic"])
@@ -566,6 +566,27 @@ def test_bad_config(tmp_path, make_config):
 
 
 # ---- All candidates of a state together ----
+
+
+def test_values_of_a_state_are_compared_over_all_its_rows(tmp_path):
+    """Two rows of one state, values 1, 0.9 and 0.1, 0.0, once each: the mean is 0.5, whatever row a candidate is in."""
+    state = {"prompt": "a\n", "prefix": []}
+    rows = [
+        state | {"candidates": ["b\n", "c\n"], "values": [1.0, 0.9], "counts": [1, 1]},
+        {"prompt": "z\n", "prefix": [], "candidates": ["b\n", "c\n"], "values": [0.9, 0.1], "counts": [3, 1]},
+        state | {"candidates": ["d\n", "e\n"], "values": [0.1, 0.0], "counts": [1, 1]},
+    ]
+    trainer = policy_trainer(tmp_path, rows)
+    advantages = [list(map(float, row)) for row in trainer.train_dataset["advantages"]]
+    assert advantages[0] == pytest.approx([0.5, 0.4, -0.4, -0.5])
+    assert advantages[1] == pytest.approx([0.2, -0.6])
+    assert trainer.train_dataset["source_rows"][0] == [0, 0, 2, 2]
+
+
+def test_no_evaluation_set_is_called_train(tmp_path):
+    rows = Dataset.from_list(tree_rows())
+    with pytest.raises(ValueError, match="`eval_dataset` has a part named 'train'"):
+        DAPOTrainer(make_policy(), None, config(tmp_path), None, rows, {"train": rows}, TOKENIZER)
 
 
 def flat(rows: list[dict], seed: int = 0) -> list[dict]:

@@ -257,6 +257,19 @@ class TestLayOut:
         rows = lay_out(tree, ends, max_tokens_per_row=12)
         assert rows.input_ids == [[0] * 8, [1] * 5 + [2] * 5 + [3] * 2]
 
+    def test_cut_only_near_the_root(self):
+        """
+        Below 1: the branches 2 3 4 5 (then 6 or 7) and 8 9. With a budget of 4 and at most one repeated token the tree
+        is cut below the 1 only, so the first branch keeps its row of 7; cut anywhere, a path of 6 does not fit into 4.
+        """
+        tree = PrefixTree()
+        ends = [tree.add(ids)[-1] for ids in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 8, 9])]
+        rows = lay_out(tree, ends, max_tokens_per_row=4, max_repeat=1)
+        assert rows.input_ids == [[1, 2, 3, 4, 5, 6, 7], [1, 8, 9]]
+        assert lay_out(tree, ends, max_tokens_per_row=4, max_repeat=0).input_ids == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+        with pytest.raises(ValueError, match="A sequence of 6 tokens"):
+            lay_out(tree, ends, max_tokens_per_row=4)
+
     def test_refuses_no_end(self):
         with pytest.raises(ValueError, match="`ends` is empty: there is nothing to lay out"):
             lay_out(PrefixTree(), [])

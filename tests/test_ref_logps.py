@@ -200,7 +200,8 @@ def test_another_model_is_refused(tmp_path, given):
     own, other = model_fingerprint(make_policy()), model_fingerprint(make_policy(seed=1))
     message = (
         f"Row 0 of `train_dataset`: its `ref_logps` come from a model with fingerprint '{own}', the reference policy "
-        f"has '{other}'. Give the model that they were computed with as `ref_model` .* or remove the columns "
+        f"has '{other}'. Give the model that they were computed with, in the same precision, as `ref_model` .* or "
+        "remove the columns "
     )
     refuses(message, tmp_path, given, policy=make_policy(seed=1))
     refuses(message, tmp_path, given, make_policy(seed=1))

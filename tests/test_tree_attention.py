@@ -169,9 +169,9 @@ class TestBlockAttention:
         visible = sum(position + 1 for position in rows.position_ids[0])
         assert visible == 2_422_500
         attention = BlockAttention(torch.tensor(rows.subtree_end))
-        assert visible < attention.num_products <= 1.6 * visible  # measured: 1.53
+        assert visible < attention.num_products <= 1.4 * visible  # measured: 1.30
         assert attention.num_products <= 5_000**2 / 5
-        assert len(attention.query_sizes) < 40  # calls of SDPA; measured: 20
+        assert len(attention.query_sizes) < 60  # calls of SDPA; measured: 47
 
 
 def check_flex_blocks(subtree_end: torch.Tensor) -> None:

@@ -28,6 +28,7 @@ class _StepCollator(DataCollatorMixin):
     pad_to_multiple_of: int | None = None
     layout: str = "tree"
     max_tokens_per_row: int | None = None
+    max_repeat: int | None = None
     flex_rows: bool = False
     return_tensors: str = "pt"
 
@@ -43,7 +44,7 @@ class _StepCollator(DataCollatorMixin):
         }
 
     def _tree_batch(self, tree: PrefixTree, ends: list[int]) -> tuple[dict[str, torch.Tensor], Any]:
-        rows = lay_out(tree, ends, self.max_tokens_per_row)
+        rows = lay_out(tree, ends, self.max_tokens_per_row, self.max_repeat)
         multiple = lcm(self.pad_to_multiple_of or 1, FLEX_BLOCK_SIZE if self.flex_rows else 1)
         length = max(map(len, rows.input_ids))
         if self.flex_rows:  # few different lengths: at most eight between a power of two and the next
@@ -87,6 +88,8 @@ class DataCollatorForStepPolicy(_StepCollator):
             `"tree"` or `"padded"`.
         max_tokens_per_row (`int`, *optional*):
             Token budget of a row of trees. `None` puts a batch into one row.
+        max_repeat (`int`, *optional*):
+            Longest path that may be repeated to cut a tree, see [`~dapo_trl.prefix_tree.lay_out`].
         flex_rows (`bool`, *optional*, defaults to `False`):
             Whether to pad rows of trees to lengths that suit FlexAttention.
 
@@ -196,6 +199,8 @@ class DataCollatorForStepCritic(_StepCollator):
             `"tree"` or `"padded"`.
         max_tokens_per_row (`int`, *optional*):
             Token budget of a row of trees. `None` puts a batch into one row.
+        max_repeat (`int`, *optional*):
+            Longest path that may be repeated to cut a tree, see [`~dapo_trl.prefix_tree.lay_out`].
         flex_rows (`bool`, *optional*, defaults to `False`):
             Whether to pad rows of trees to lengths that suit FlexAttention.
 

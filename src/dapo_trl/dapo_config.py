@@ -44,8 +44,8 @@ class DAPOConfig(_BaseConfig):
             Token budget of a row of trees; a larger batch becomes several rows. In a single process they go through the
             model one after the other, so that this bounds memory, whatever the batch size; several processes run all
             rows of a batch together. A sequence that exceeds it is cut as for `max_length`. `None` takes what is
-            fastest: 4,096 on a CPU, 2,048 under `attn_implementation="eager"`, no limit on a GPU; but always room for
-            the longest sequence.
+            fastest: 4,096 on a CPU, but more rather than repeat a long path; 2,048 under
+            `attn_implementation="eager"`, or the longest sequence; no limit on a GPU.
         min_advantage_gap (`float`, *optional*, defaults to `0.1`):
             States whose largest and smallest advantage differ by less are left out. Paper: 0.1. `0.0` keeps all.
         duplicate_weights (`str`, *optional*, defaults to `"uniform"`):

@@ -319,10 +319,12 @@ class DAPOTrainer(_StepTrainer):
             # Before `train`, DeepSpeed has neither placed nor gathered the policy's weights.
             engine = prepare_deepspeed(self.model, self.accelerator)
         with self._reference() as reference:
-            policies = [] if engine is not None or self.is_fsdp_enabled else [self.model]
+            models = [engine or reference]
+            if models[0] is not self.model and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                models.append(self.model)
             parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
             for rows in (self.train_dataset, *(part for part in parts if part is not None)):
-                self._settle_layout(rows, [engine or reference, *policies])
+                self._settle_layout(rows, models)
             args = self.args
             if not args.precompute_ref_log_probs:
                 return

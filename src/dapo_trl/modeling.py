@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import extract_model_from_parallel, is_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -260,9 +260,7 @@ def unwrapped(model: Any) -> Any:
     Returns:
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`].
     """
-    while not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
-        model = model.module
-    return model
+    return extract_model_from_parallel(model)
 
 
 @contextlib.contextmanager

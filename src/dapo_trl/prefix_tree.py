@@ -106,7 +106,9 @@ class TreeRows:
         return sum(map(len, self.input_ids))
 
 
-def lay_out(tree: PrefixTree, ends: Sequence[int], max_tokens_per_row: int | None = None) -> TreeRows:
+def lay_out(
+    tree: PrefixTree, ends: Sequence[int], max_tokens_per_row: int | None = None, max_repeat: int | None = None
+) -> TreeRows:
     """
     Lay the paths to the given nodes out in rows; what lies on no path is left out.
 
@@ -120,6 +122,9 @@ def lay_out(tree: PrefixTree, ends: Sequence[int], max_tokens_per_row: int | Non
             Nodes whose hidden states are read. Each is computed in one row, with its whole path.
         max_tokens_per_row (`int`, *optional*):
             Largest number of tokens of a row. `None` puts everything into one row.
+        max_repeat (`int`, *optional*):
+            Longest path, in tokens, that may be repeated in order to cut a tree. What can only be cut further down has
+            a row of its own, longer than the budget. `None` cuts anywhere, and no row exceeds the budget.
 
     Returns:
         [`TreeRows`].
@@ -145,13 +150,13 @@ def lay_out(tree: PrefixTree, ends: Sequence[int], max_tokens_per_row: int | Non
     if not ends:
         raise ValueError("`ends` is empty: there is nothing to lay out.")
     longest = max(tree.depths[end] for end in ends) + 1
-    if max_tokens_per_row is not None and longest > max_tokens_per_row:
+    if max_repeat is None and max_tokens_per_row is not None and longest > max_tokens_per_row:
         raise ValueError(
             f"A sequence of {longest} tokens does not fit into a row of `max_tokens_per_row={max_tokens_per_row}`. "
             "Raise it, or lower `max_length` so that whole steps are cut off."
         )
     order, sizes = _depth_first(tree, ends)
-    row_of, rows_nodes = _fill_rows(tree, ends, order, sizes, max_tokens_per_row)
+    row_of, rows_nodes = _fill_rows(tree, ends, order, sizes, max_tokens_per_row, max_repeat)
     rows = TreeRows()
     for nodes in rows_nodes:
         nodes.sort(key=order.__getitem__)
@@ -195,6 +200,7 @@ def _fill_rows(
     order: dict[int, int],
     sizes: dict[int, int],
     max_tokens_per_row: int | None,
+    max_repeat: int | None,
 ) -> tuple[dict[int, int], list[list[int]]]:
     """The row of each end, and the nodes of each row."""
     if max_tokens_per_row is None or len(order) <= max_tokens_per_row:
@@ -206,7 +212,8 @@ def _fill_rows(
     row_of: dict[int, int] = {}
     rows: list[set[int]] = []
     for root in sorted(trees, key=lambda root: -sizes[root]):
-        for piece_ends, nodes in _cut(tree, trees[root], max_tokens_per_row):
+        branches = _branches(tree, trees[root], order, sizes, max_repeat)
+        for piece_ends, nodes in _cut(tree, branches, max_tokens_per_row):
             # two pieces of a tree in one row share their path again
             rooms = [max_tokens_per_row - len(row) - len(nodes - row) for row in rows]
             fitting = [(room, number) for number, room in enumerate(rooms) if room >= 0]
@@ -226,28 +233,44 @@ def _roots(tree: PrefixTree, nodes: Iterable[int]) -> dict[int, int]:
     return roots
 
 
-def _cut(tree: PrefixTree, ends: list[int], max_tokens: int) -> list[tuple[list[int], set[int]]]:
-    """Ends (given depth-first) and nodes of pieces of a tree, each with all the paths that it needs."""
-    pieces: list[tuple[list[int], set[int]]] = []
-    nodes: set[int] = set()
+def _branches(
+    tree: PrefixTree, ends: list[int], order: dict[int, int], sizes: dict[int, int], max_repeat: int | None
+) -> list[list[int]]:
+    """Ends (given depth-first) in groups between which the tree may be cut."""
+    branches: list[list[int]] = []
     for end in ends:
-        path = _path_until(tree, end, nodes)
-        if not pieces or len(nodes) + len(path) > max_tokens:
-            nodes = set()
-            path = _path_until(tree, end, nodes)
-            pieces.append(([], nodes))
-        nodes.update(path)
-        pieces[-1][0].append(end)
+        if branches and max_repeat is not None:
+            shared, last = end, order[branches[-1][-1]]
+            while shared >= 0 and not order[shared] <= last < order[shared] + sizes[shared]:
+                shared = tree.parents[shared]
+            if shared >= 0 and tree.depths[shared] + 1 > max_repeat:
+                branches[-1].append(end)
+                continue
+        branches.append([end])
+    return branches
+
+
+def _cut(tree: PrefixTree, branches: list[list[int]], max_tokens: int) -> list[tuple[list[int], set[int]]]:
+    """Ends and nodes of pieces of a tree, each with all the paths that it needs; a branch stays whole."""
+    pieces: list[tuple[list[int], set[int]]] = []
+    for ends in branches:
+        new = _paths(tree, ends, pieces[-1][1] if pieces else set())
+        if not pieces or len(pieces[-1][1]) + len(new) > max_tokens:
+            pieces.append(([], set()))
+            new = _paths(tree, ends, set())
+        pieces[-1][0].extend(ends)
+        pieces[-1][1].update(new)
     return pieces
 
 
-def _path_until(tree: PrefixTree, node: int, taken: set[int]) -> list[int]:
-    """The node and its ancestors, up to the first one taken."""
-    path = []
-    while node >= 0 and node not in taken:
-        path.append(node)
-        node = tree.parents[node]
-    return path
+def _paths(tree: PrefixTree, ends: Iterable[int], taken: set[int]) -> set[int]:
+    """The nodes and their ancestors, without those taken."""
+    nodes: set[int] = set()
+    for node in ends:
+        while node >= 0 and node not in taken and node not in nodes:
+            nodes.add(node)
+            node = tree.parents[node]
+    return nodes
 
 
 # ---- The attention rule ----
@@ -307,14 +330,14 @@ class AttentionBlock:
         return self.stop - self.start + sum(stop - start for start, stop in self.runs)
 
 
-# Cost of one more block, in products of a query and a key: starting it, and gathering each key of its path. Measured on
-# a CPU for 4 heads of 64; the optimum is flat.
-_BLOCK_COST = 1500
-_GATHER_COST = 8
+# Cost of one more block, in products of two numbers: starting it, and gathering each key of its path. Measured on a CPU
+# for 4 heads of 64; the optimum is flat.
+_BLOCK_COST = 1500 * 256
+_GATHER_COST = 8 * 256
 _LONGEST_BLOCK = 256
 
 
-def attention_blocks(subtree_end: Sequence[int]) -> list[AttentionBlock]:
+def attention_blocks(subtree_end: Sequence[int], width: int = 256) -> list[AttentionBlock]:
     """
     Cut a row into blocks of queries that see nearly the same keys, so that what the mask hides is hardly computed.
 
@@ -324,6 +347,8 @@ def attention_blocks(subtree_end: Sequence[int]) -> list[AttentionBlock]:
     Args:
         subtree_end (`Sequence[int]`):
             Position after the last token below each token of the row.
+        width (`int`, *optional*, defaults to `256`):
+            Size of all heads together. The narrower, the larger the blocks: calls cost more than products.
 
     Returns:
         `list[AttentionBlock]`: blocks that follow each other and cover the row.
@@ -343,7 +368,8 @@ def attention_blocks(subtree_end: Sequence[int]) -> list[AttentionBlock]:
         if blocks:
             last = blocks[-1]
             merged = AttentionBlock(last.start, chain.stop, last.runs)
-            apart = _cost(last) + _cost(chain) + _BLOCK_COST + _GATHER_COST * (chain.num_keys - _length(chain))
+            one_more = (_BLOCK_COST + _GATHER_COST * (chain.num_keys - _length(chain))) / width
+            apart = _cost(last) + _cost(chain) + one_more
             if _length(merged) <= _LONGEST_BLOCK and _cost(merged, is_chain=False) <= apart:
                 blocks[-1] = merged
                 continue

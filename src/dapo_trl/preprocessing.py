@@ -3,8 +3,8 @@ Rows of any format -> tokenized rows for the two trainers; what is left out is c
 
 A tokenized row has `context_ids` (ids of the state) and `branches` (chains of steps that follow it), see
 `collators.py`. Beside them it says what it was made of: `prompt_key` (rows of one prompt have the same), `length` (its
-longest sequence), and for the policy `source_rows`,
-`source_steps` and `source_fingerprints`: the row and step that each pair comes from, and the fingerprint of that row.
+longest sequence), and for the policy `source_rows`, `source_steps` and `source_fingerprints`: the row and step that
+each pair comes from, and the fingerprint of that row.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import extract_prompt
 
@@ -26,7 +26,16 @@ from dapo_trl.tokenization import encode_preference, encode_solution, encode_sta
 
 logger = logging.getLogger(__name__)
 
-_PER_PAIR = ("advantages", "weights", "ref_logps", "source_rows", "source_steps", "source_fingerprints")
+_PER_PAIR = (
+    "advantages",
+    "weights",
+    "ref_logps",
+    "source_rows",
+    "source_steps",
+    "source_fingerprints",
+    "values",
+    "counts",
+)
 
 _TOKEN_FEATURES = {
     "context_ids": List(Value("int64")),
@@ -298,10 +307,14 @@ def prepare_policy_dataset(
     _check_columns_are_used(dataset, row_format, duplicate_weights, name)
 
     check_ref_tokenizer(dataset, tokenizer, name)
+    has_values = row_format == "state" and "advantages" not in dataset.column_names
 
     def tokenize(row: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:
         tokens = tokenize_policy_row(row, row_format, tokenizer, duplicate_weights)
         num_steps = len(tokens["advantages"])
+        if has_values:  # needed again if rows are merged
+            tokens["values"] = with_true_rewards(row["values"], row.get("rewards"))
+            tokens["counts"] = row.get("counts") or [1] * num_steps
         tokens |= {
             "source_rows": [index] * num_steps,
             "source_steps": list(range(num_steps)),
@@ -310,12 +323,16 @@ def prepare_policy_dataset(
         return truncate_row(tokens, max_length)
 
     features = _TOKEN_FEATURES | _PAIR_FEATURES
+    if has_values:
+        features = features | {"values": List(Value("float64")), "counts": List(Value("float64"))}
     if "ref_logps" in dataset.column_names:
         features = features | {"ref_logps": List(Value("float64"))}
     tokenized = _tokenize(dataset, tokenize, features, name, num_proc)
     num_merged = 0
     if row_format == "state":
         tokenized, num_merged = _merge_states(tokenized)
+    if has_values:
+        tokenized = tokenized.remove_columns(["values", "counts"])
 
     def fate(row: dict[str, Any]) -> str:
         # Candidates of a state are compared with each other; steps of a solution each have their own state. A gap of
@@ -480,10 +497,16 @@ def _merge_states(tokenized: Dataset) -> tuple[Dataset, int]:
                 merged[column] = [value for row in rows for value in row[column]]
         for column in ("num_branches", "removed", "steps"):
             merged[column] = sum(row[column] for row in rows)
+        if "values" in merged:  # the mean is over the candidates of all rows
+            merged["advantages"] = sibling_advantages(merged["values"], merged["counts"]).tolist()
         return merged | {"length": max(row["length"] for row in rows)}
 
-    merged = Dataset.from_list([merge(indices) for indices in states.values()], features=tokenized.features)
-    return merged, len(tokenized) - len(merged)
+    alone = [indices[0] for indices in states.values() if len(indices) == 1]
+    shared = [indices for indices in states.values() if len(indices) > 1]
+    merged = Dataset.from_list([merge(indices) for indices in shared], features=tokenized.features)
+    firsts = [*alone, *(indices[0] for indices in shared)]
+    both = concatenate_datasets([tokenized.select(alone), merged])
+    return both.select(sorted(range(len(firsts)), key=firsts.__getitem__)), len(tokenized) - len(firsts)
 
 
 def _select(

@@ -105,6 +105,15 @@ def check_ref_tokenizer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, na
             "make sure that they come from the reference policy, or remove the column to compute them anew."
         )
         return
+    unknown = sum(
+        logps is not None and fingerprint is None
+        for logps, fingerprint in zip(dataset["ref_logps"], dataset["ref_fingerprint"], strict=True)
+    )
+    if unknown:
+        logger.warning(
+            f"`{name}_dataset`: {unknown} rows have `ref_logps`, but their `ref_fingerprint` is null. Their numbers "
+            "are used as they are."
+        )
     own = tokenizer_fingerprint(tokenizer)
     for index, fingerprint in enumerate(dataset["ref_fingerprint"]):
         if fingerprint is not None and fingerprint["tokenizer"] != own:
@@ -160,8 +169,9 @@ def check_ref_model(dataset: Dataset, fingerprint: str, name: str) -> None:
             raise ValueError(
                 f"Row {index} of `{name}_dataset`: its `ref_logps` come from a model with fingerprint "
                 f"{other['model']!r}, the reference policy has {fingerprint!r}. Give the model that they were computed "
-                "with as `ref_model` (or as `model`, without `ref_model`), or remove the columns `ref_logps` and "
-                "`ref_fingerprint` to compute them anew. To use the numbers as they are, remove `ref_fingerprint` only."
+                "with, in the same precision, as `ref_model` (or as `model`, without `ref_model`), or remove the "
+                "columns `ref_logps` and `ref_fingerprint` to compute them anew. To use the numbers as they are, "
+                "remove `ref_fingerprint` only."
             )
 
 
@@ -183,8 +193,11 @@ def add_ref_logps(
 
     Returns:
         [`~datasets.Dataset`]: the rows with `ref_logps` and `ref_fingerprint`. Null for a row that is not trained on;
-        a step that was cut off has null in the place of its number.
+        a step that was cut off has null in the place of its number. Rows that came with `ref_logps` are returned as
+        they are.
     """
+    if "ref_logps" in dataset.column_names:
+        return dataset
     numbers: dict[int, dict[int, float]] = {}
     data: dict[int, str] = {}
     columns = ["ref_logps", "source_rows", "source_steps", "source_fingerprints"]
@@ -201,7 +214,6 @@ def add_ref_logps(
         logps = [numbers[index].get(step) for step in range(len(steps))]
         return {"ref_logps": logps, "ref_fingerprint": model | {"data": data[index]}}
 
-    dataset = dataset.remove_columns([column for column in _FEATURES if column in dataset.column_names])
     features = Features({**dataset.features, **_FEATURES})
     return dataset.map(add, with_indices=True, features=features, desc="Adding reference log-probabilities")
 
@@ -226,7 +238,8 @@ def model_fingerprint(model: Any) -> str:
             flat = values.detach().flatten()
             places = torch.linspace(0, len(flat) - 1, min(256, len(flat)), dtype=torch.float64).long()
             sample = flat[places.to(flat.device)].float().cpu()
-        digest.update(f"{name} {tuple(values.shape)}".encode())
+            shape = tuple(values.shape)
+        digest.update(f"{name} {shape}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 

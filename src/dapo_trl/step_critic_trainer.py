@@ -158,13 +158,7 @@ class StepCriticTrainer(_StepTrainer):
         known = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         for rows in known:
             if rows is not None:
-                self._settle(rows)
-
-    def _settle(self, rows: Any) -> None:
-        was_training = self.model.training
-        self.model.eval()
-        self._settle_layout(rows, [self.model])
-        self.model.train(was_training)
+                self._settle_layout(rows, [self.model])
 
     def predict_values(self, dataset: Dataset, batch_size: int | None = None) -> Dataset:
         """
@@ -207,7 +201,7 @@ class StepCriticTrainer(_StepTrainer):
             sizes = [sum(map(len, rows[i]["branches"])) + rows[i]["context_is_state"] for i in indices]
             return [part.tolist() for part in values.split(sizes)]
 
-        self._settle(rows)
+        self._settle_layout(rows, [self.model])
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         if self.layout == "tree":
             order = sorted(order, key=lambda index: (rows[index]["prompt_key"], rows[index]["context_ids"]))
@@ -238,7 +232,7 @@ class StepCriticTrainer(_StepTrainer):
     def _prepare_if_raw(self, dataset: Any, name: str) -> Any:
         prepared = super()._prepare_if_raw(dataset, name)
         if prepared is not dataset:
-            self._settle(prepared)
+            self._settle_layout(prepared, [self.model])
         return prepared
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -29,7 +29,8 @@ from dapo_trl.tree_attention import ATTENTION_NAME, candidate_attentions, tree_a
 logger = get_logger(__name__)
 
 # Budgets of a row of trees: under dense attention, whose cost grows with its square; and on a CPU, whose caches longer
-# rows leave. Shorter rows repeat more paths. Measured on two cores at a width of 256; the optimum is flat.
+# rows leave. There a tree is cut only near its root: repeating a long path costs more than a long row. Measured on two
+# cores at a width of 256; the optimum is flat.
 _DENSE_ROW = 2048
 _CPU_ROW = 4096
 
@@ -100,7 +101,7 @@ class _StepTrainer(_BaseTrainer):
 
     def _score_without_gradients(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The same row by row, so that the budget of a row bounds memory."""
-        parts = split_rows(inputs) if self.accelerator.num_processes == 1 else [inputs]
+        parts = split_rows(inputs) if self._runs_rows_apart else [inputs]
         with torch.no_grad():
             scores = torch.cat([self._score(model, part) for part in parts])
         if len(parts) == 1:
@@ -117,7 +118,8 @@ class _StepTrainer(_BaseTrainer):
             rows (`Sequence`):
                 Tokenized rows.
             models (`Sequence`):
-                Models that shall score trees, as they will be called.
+                Models that shall score trees, as they will be called. `self.model` counts as one of them even if it
+                cannot be called yet and another stands in for it.
         """
         wanted = getattr(self.data_collator, "layout", None) if self._has_own_collator else self.args.layout
         if self.layout == "padded":
@@ -126,7 +128,6 @@ class _StepTrainer(_BaseTrainer):
             self.layout = wanted
             return
         sample, longest = _sample(rows)
-        longest = max(longest, length_limit(self.args)[0] or 0)
         if self.layout == "tree":  # other rows: they may be longer
             reason = next((why for model in models if (why := tree_obstacle(transformers_model(model), longest))), None)
         else:
@@ -151,7 +152,9 @@ class _StepTrainer(_BaseTrainer):
 
     def _try_trees(self, sample: list[Any], longest: int, models: Sequence[Any]) -> str | None:
         """Set trees up; the reason, if that cannot be done."""
-        plain = [transformers_model(model) for model in models]
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and any(model is self.model for model in models):
+            return "DeepSpeed and FSDP place its weights only when training starts, so that it cannot be tried"
+        plain = [transformers_model(model) for model in [*models, self.model]]
         before = [model.config.get_text_config()._attn_implementation for model in plain]
         for model in plain:
             if reason := tree_obstacle(model, longest):
@@ -175,17 +178,19 @@ class _StepTrainer(_BaseTrainer):
 
     def _check_trees(self, model: Any, sample: list[Any]) -> str | None:
         """Score a sample both ways; what is wrong, if the scores differ."""
-        scores = {}
+        scores, was_training = {}, model.training
+        model.eval()
         try:
-            with torch.no_grad():
-                for layout in ("padded", "tree"):
-                    self.data_collator.layout = layout
-                    inputs = self._prepare_inputs(self.data_collator(sample))
-                    scores[layout] = self._score_without_gradients(model, inputs).double()
+            for layout in ("padded", "tree"):
+                self.data_collator.layout = layout
+                inputs = self._prepare_inputs(self.data_collator(sample))
+                scores[layout] = self._score_without_gradients(model, inputs).double()
         except Exception as error:  # whatever a model of unknown architecture may object to
             return f"scoring a sample failed with {type(error).__name__}: {error}"
+        finally:
+            model.train(was_training)
         difference = (scores["tree"] - scores["padded"]).abs()
-        tolerance = self._tolerance() * (1 + scores["padded"].abs())
+        tolerance = self._tolerance(scores["padded"].abs())
         if bool((difference <= tolerance).all()):
             return None
         worst = int((difference - tolerance).argmax())
@@ -194,19 +199,21 @@ class _StepTrainer(_BaseTrainer):
             f"({scores['padded'][worst]:.4f}), so it does not honour the attention mask or the positions"
         )
 
-    def _tolerance(self) -> float:
-        """Relative difference that rounding explains."""
+    def _tolerance(self, scores: torch.Tensor) -> torch.Tensor:
+        """Difference that rounding explains. In half precision the errors of a step's tokens add up at random."""
         dtype = transformers_model(self.model).dtype
         is_half = dtype in (torch.bfloat16, torch.float16) or self.accelerator.mixed_precision in ("bf16", "fp16")
-        return 2e-2 if is_half else 1e-4
+        return 5e-2 * (1 + scores.sqrt()) if is_half else 1e-4 * (1 + scores)
 
     def _set_row_budget(self, longest: int) -> None:
         """Unless it is given: what suits the attention and the device, and holds the longest sequence."""
         if self.args.max_tokens_per_row is not None or self._has_own_collator:
             return
-        by_default = _DENSE_ROW if self._attention == "dense" else _CPU_ROW if self.model.device.type == "cpu" else None
-        if by_default is not None:
-            self.data_collator.max_tokens_per_row = max(self.data_collator.max_tokens_per_row or by_default, longest)
+        collator = self.data_collator
+        if self._attention == "dense":
+            collator.max_tokens_per_row = max(collator.max_tokens_per_row or _DENSE_ROW, longest)
+        elif self.model.device.type == "cpu":
+            collator.max_tokens_per_row, collator.max_repeat = _CPU_ROW, _CPU_ROW // 32
 
     def _use_layout(self, layout: str, attention: str = "") -> None:
         self._attention = attention
@@ -217,8 +224,9 @@ class _StepTrainer(_BaseTrainer):
         """What the model's forward takes of a batch."""
         if "subtree_end" not in inputs:
             return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        dtype = transformers_model(model).dtype
-        tree = tree_arguments(inputs["subtree_end"], self._attention, dtype)
+        plain = transformers_model(model)
+        width = getattr(plain.config.get_text_config(), "hidden_size", 256)
+        tree = tree_arguments(inputs["subtree_end"], self._attention, plain.dtype, width)
         return {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], **tree}
 
     # ---- Data ----
@@ -242,6 +250,8 @@ class _StepTrainer(_BaseTrainer):
         if train_dataset is not None:
             train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         if isinstance(eval_dataset, dict):
+            if "train" in eval_dataset:
+                raise ValueError("`eval_dataset` has a part named 'train', as the training set is called. Rename it.")
             eval_dataset = {
                 name: self._prepare_dataset(part, processing_class, args, name) for name, part in eval_dataset.items()
             }
@@ -318,10 +328,17 @@ class _StepTrainer(_BaseTrainer):
             tokens, pair_tokens = inputs["num_tokens"], inputs["num_pair_tokens"]
             self._tokens_since_log.append(tokens)
             self._metrics["train"].add("tokens/saved", (pair_tokens - tokens).float(), pair_tokens.float())
-        # Row by row, so that the budget of a row bounds memory. Several processes would have to agree on their number.
-        parts = split_rows(inputs) if self.accelerator.num_processes == 1 else [inputs]
+        parts = split_rows(inputs) if self._runs_rows_apart else [inputs]
         losses = [super(_StepTrainer, self).training_step(model, part, *args, **kwargs) for part in parts]
         return torch.stack(losses).sum()
+
+    @property
+    def _runs_rows_apart(self) -> bool:
+        """
+        Whether the rows of a batch go through the model one by one, so that the budget of a row bounds memory. Several
+        processes would have to agree on their number, and DeepSpeed steps its optimizer at each backward pass.
+        """
+        return self.accelerator.num_processes == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _record_batch(self, inputs: dict[str, torch.Tensor]) -> None:
         """Metrics of a batch as a whole, before its rows part."""
@@ -463,7 +480,8 @@ def length_limit(args: Any) -> tuple[int | None, str]:
     Returns:
         `tuple[int | None, str]`: tokens, or `None` for no limit; `"max_length"` or `"max_tokens_per_row"`.
     """
-    limits = [(getattr(args, name), name) for name in ("max_length", "max_tokens_per_row")]
+    names = ("max_length", "max_tokens_per_row") if args.layout == "tree" else ("max_length",)
+    limits = [(getattr(args, name), name) for name in names]
     return min((limit for limit in limits if limit[0] is not None), default=(None, "max_length"))
 
 

@@ -36,9 +36,11 @@ class BlockAttention:
     Args:
         subtree_end (`torch.Tensor` of shape `(R, T)`):
             Position in the row after the last token below each token; T for padding at a row's end.
+        width (`int`, *optional*, defaults to `256`):
+            H * D, which decides how large blocks are.
     """
 
-    def __init__(self, subtree_end: torch.Tensor) -> None:
+    def __init__(self, subtree_end: torch.Tensor, width: int = 256) -> None:
         self.query_sizes: list[int] = []
         self.key_sizes: list[int] = []
         keys: list[torch.Tensor] = []
@@ -46,7 +48,7 @@ class BlockAttention:
         ends = subtree_end.cpu()
         for row, row_ends in enumerate(ends):
             offset = row * ends.shape[1]
-            for block in attention_blocks(row_ends.tolist()):
+            for block in attention_blocks(row_ends.tolist(), width):
                 own = torch.arange(block.start, block.stop)
                 seen = torch.cat([*(torch.arange(start, stop) for start, stop in block.runs), own])
                 visible = (seen <= own[:, None]) & (own[:, None] < row_ends[seen])
@@ -250,7 +252,9 @@ def candidate_attentions(model: PreTrainedModel) -> list[str]:
     if implementation == "eager":
         return ["dense"]
     if implementation in ("sdpa", "flex_attention", ATTENTION_NAME):
-        return ["flex", "blocks"] if model.device.type == "cuda" else ["blocks"]
+        # FlexAttention has no dropout
+        has_dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
+        return ["flex", "blocks"] if model.device.type == "cuda" and not has_dropout else ["blocks"]
     return []
 
 
@@ -265,7 +269,7 @@ def tree_obstacle(model: PreTrainedModel, longest: int) -> str | None:
             Longest sequence of the data in tokens. A sliding window that holds it is no obstacle.
 
     Returns:
-        `str` or `None`: the reason, to go on a sentence such as "The layout is padded, because ...".
+        `str` or `None`: the reason, as a clause about the model.
     """
     config = model.config.get_text_config()
     implementation = config._attn_implementation
@@ -279,7 +283,7 @@ def tree_obstacle(model: PreTrainedModel, longest: int) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = _window(config, kinds)
     if window is not None and window < longest:
-        return f"its attention looks back {window} tokens only, and sequences may have {longest}"
+        return f"its attention looks back {window} tokens only, and the longest sequence has {longest}"
     if other := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
         return f"it has layers of kind {', '.join(sorted(map(repr, other)))}, which cannot branch"
     return None
@@ -293,10 +297,12 @@ def _window(config: PreTrainedConfig, kinds: set[str]) -> int | None:
         windows.append(getattr(config, "sliding_window", None))
     if "chunked_attention" in kinds or not has_kinds:
         windows.append(getattr(config, "attention_chunk_size", None))
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo
+        windows.append(config.window_size)
     return min((window for window in windows if window is not None), default=None)
 
 
-def tree_arguments(subtree_end: torch.Tensor, attention: str, dtype: torch.dtype) -> dict[str, Any]:
+def tree_arguments(subtree_end: torch.Tensor, attention: str, dtype: torch.dtype, width: int = 256) -> dict[str, Any]:
     """
     What a model's forward needs besides `input_ids` and `position_ids`.
 
@@ -307,6 +313,8 @@ def tree_arguments(subtree_end: torch.Tensor, attention: str, dtype: torch.dtype
             `"blocks"`, `"flex"` or `"dense"`.
         dtype (`torch.dtype`):
             The model's, for a dense mask.
+        width (`int`, *optional*, defaults to `256`):
+            The model's, for blocks.
 
     Returns:
         `dict`: keyword arguments. `attention_mask` is never `None`: transformers would then guess where sequences begin
@@ -316,6 +324,8 @@ def tree_arguments(subtree_end: torch.Tensor, attention: str, dtype: torch.dtype
         return {"attention_mask": block_mask(subtree_end)}
     if attention == "blocks":
         # Four dimensions: transformers hands such a mask on as it is.
-        return {"attention_mask": subtree_end[:, None, None, :], "tree": BlockAttention(subtree_end)}
+        return {"attention_mask": subtree_end[:, None, None, :], "tree": BlockAttention(subtree_end, width)}
+    if attention != "dense":
+        raise ValueError(f"`attention` must be 'blocks', 'flex' or 'dense', got {attention!r}.")
     mask = torch.zeros((), dtype=dtype, device=subtree_end.device)
     return {"attention_mask": mask.masked_fill(~tree_mask(subtree_end), torch.finfo(dtype).min)[:, None]}
