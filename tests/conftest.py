@@ -122,6 +122,17 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture(scope="module")
+def quick_fingerprints():
+    """No cache names for data sets in memory: `datasets` disassembles functions for them, half the time of a test."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (datasets.fingerprint, datasets.arrow_dataset):
+            patch.setattr(module, "update_fingerprint", lambda *_: datasets.fingerprint.generate_random_fingerprint())
+        yield
+
+
 @pytest.fixture
 def data_dir() -> Path:
     """

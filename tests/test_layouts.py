@@ -8,7 +8,6 @@ import logging
 import random
 import re
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -27,14 +26,7 @@ from test_dapo_trainer import GradientRecorder, check_step, config, reference_st
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma", "gpt_neox"]
 TOKENIZER = make_tokenizer()
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_fingerprints():
-    """No cache names for data sets in memory: `datasets` disassembles functions for them, half the time of a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (datasets.fingerprint, datasets.arrow_dataset):
-            patch.setattr(module, "update_fingerprint", lambda *_: datasets.fingerprint.generate_random_fingerprint())
-        yield
+pytestmark = pytest.mark.usefixtures("quick_fingerprints")
 
 
 def tree_rows(num_problems: int = 4, seed: int = 0) -> list[dict]:

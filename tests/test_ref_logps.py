@@ -7,7 +7,6 @@ import logging
 import math
 import re
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -22,14 +21,7 @@ from test_dapo_trainer import PREFERENCES, config, pairs_of, step_logps
 TOKENIZER = make_tokenizer()
 FINGERPRINT = re.compile("[0-9a-f]{16}")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_fingerprints():
-    """No cache names for data sets in memory: `datasets` disassembles functions for them, half the time of a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (datasets.fingerprint, datasets.arrow_dataset):
-            patch.setattr(module, "update_fingerprint", lambda *_: datasets.fingerprint.generate_random_fingerprint())
-        yield
+pytestmark = pytest.mark.usefixtures("quick_fingerprints")
 
 
 def make_trainer(tmp_path, rows, ref_model=None, policy=None, tokenizer=TOKENIZER, **kwargs) -> DAPOTrainer:

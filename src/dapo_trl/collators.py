@@ -112,9 +112,7 @@ class DataCollatorForStepPolicy(_StepCollator):
         batch = self._tree(examples) if self.layout == "tree" else self._padded(examples)
         sizes = [len(example["advantages"]) for example in examples]
         batch["state_index"] = torch.arange(len(examples)).repeat_interleave(torch.tensor(sizes))
-        for name in ("advantages", "weights", "ref_logps"):
-            if name in examples[0]:
-                batch[name] = torch.tensor([value for example in examples for value in example[name]]).float()
+        batch |= _concatenated(examples, "advantages", "weights", "ref_logps")
         batch["num_pair_tokens"] = torch.tensor(sum(map(num_pair_tokens, examples)))
         return batch
 
@@ -219,9 +217,7 @@ class DataCollatorForStepCritic(_StepCollator):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self._tree(examples) if self.layout == "tree" else self._padded(examples)
-        for name in ("successes", "rollouts"):
-            if name in examples[0]:
-                batch[name] = torch.tensor([value for example in examples for value in example[name]]).float()
+        batch |= _concatenated(examples, "successes", "rollouts")
         batch["num_pair_tokens"] = torch.tensor(sum(map(num_state_tokens, examples)))
         return batch
 
@@ -351,6 +347,15 @@ def num_state_tokens(example: dict[str, Any]) -> int:
     """
     context = len(example["context_ids"]) if example.get("context_is_state", True) else 0
     return context + num_pair_tokens(example)
+
+
+def _concatenated(examples: list[dict[str, Any]], *names: str) -> dict[str, torch.Tensor]:
+    """Numbers per pair or state of all examples, of the columns that they have."""
+    return {
+        name: torch.tensor([value for example in examples for value in example[name]]).float()
+        for name in names
+        if name in examples[0]
+    }
 
 
 def _has_context_state(example: dict[str, Any]) -> bool:
