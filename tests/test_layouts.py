@@ -14,7 +14,7 @@ from datasets import Dataset
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import dapo_trl.step_trainer
+import dapo_trl.layouts
 import test_step_critic_trainer
 from conftest import make_critic, make_policy, make_tokenizer, random_solution_rows, random_step, tiny_config
 from dapo_trl import DAPOTrainer, StepCriticTrainer
@@ -336,7 +336,7 @@ def test_a_causal_mask_fails(tmp_path, monkeypatch, kind, implementation):
     }[kind]
     trainer = make_trainer(tmp_path, None, make_model(attn_implementation=implementation))
     _, scores, gradients = step(trainer, [list(trainer.train_dataset)], "padded")
-    monkeypatch.setattr(dapo_trl.step_trainer, "tree_arguments", causal_arguments)
+    monkeypatch.setattr(dapo_trl.layouts, "tree_arguments", causal_arguments)
     _, tree_scores, tree_gradients = step(trainer, [list(trainer.train_dataset)], "tree")
     assert (tree_scores - scores).abs().max() > 1e-2
     assert max(differences(tree_gradients, gradients).values()) > 1e-2
@@ -344,10 +344,33 @@ def test_a_causal_mask_fails(tmp_path, monkeypatch, kind, implementation):
 
 def test_a_causal_mask_is_noticed(tmp_path, monkeypatch, caplog):
     """The trainer itself finds out before training."""
-    monkeypatch.setattr(dapo_trl.step_trainer, "tree_arguments", causal_arguments)
+    monkeypatch.setattr(dapo_trl.layouts, "tree_arguments", causal_arguments)
     with caplog.at_level(logging.WARNING):
         assert policy_trainer(tmp_path).layout == "padded"
     assert "it scores the same tokens differently in a tree" in caplog.text
+
+
+@pytest.mark.parametrize(("deaf_to", "effect"), [(("attention_mask", "tree"), 1e-5), ((), 0.0)])
+def test_scores_that_show_nothing_are_no_proof(tmp_path, caplog, deaf_to, effect):
+    """
+    Attention hardly matters, or not at all: trees score as separate sequences do, within rounding, but no better than
+    they would under any mask.
+    """
+    policy = llama_without(*deaf_to)
+    for layer in policy.model.layers:
+        layer.self_attn.o_proj.weight.data *= effect
+    with caplog.at_level(logging.WARNING):
+        trainer = policy_trainer(tmp_path, policy=policy)
+    assert trainer.layout == "padded"
+    assert "its scores do not show whether it honours the attention mask: they differ by" in caplog.text
+
+
+def test_a_small_effect_of_attention_is_proof_enough(tmp_path):
+    """The same model as above, but it does honour the mask."""
+    policy = make_policy()
+    for layer in policy.model.layers:
+        layer.self_attn.o_proj.weight.data *= 1e-5
+    assert policy_trainer(tmp_path, policy=policy).layout == "tree"
 
 
 def test_positions_in_the_row_fail(tmp_path):

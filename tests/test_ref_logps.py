@@ -322,7 +322,7 @@ def test_without_precomputing_they_are_not_used(tmp_path, caplog, given):
 
 def test_what_with_ref_logps_refuses(tmp_path):
     trainer = make_trainer(tmp_path, random_state_rows(2))
-    with pytest.raises(KeyError, match=r"There is no data set 'eval', only 'train'\."):
+    with pytest.raises(ValueError, match=r"There is no data set 'eval', only 'train'\."):
         trainer.with_ref_logps("eval")
     trainer = make_trainer(tmp_path, random_state_rows(2), precompute_ref_log_probs=False)
     with pytest.raises(ValueError, match=r"keeps none\. Set it to `True`"):
@@ -363,6 +363,18 @@ def test_a_continued_adapter_is_another_reference(tmp_path, given):
     make_trainer(tmp_path, continued, policy=adapted(3))
     refuses("Row 0 of `train_dataset`: .* model with fingerprint", tmp_path, continued, policy=adapted(4))
     refuses("Row 0 of `train_dataset`: .* model with fingerprint", tmp_path, continued)
+
+
+def test_fingerprint_of_an_adapter_with_another_factor():
+    """The same weights under another lora_alpha are another model."""
+    from peft import get_peft_model
+
+    def fingerprint(lora_alpha):
+        policy = make_policy()
+        torch.manual_seed(3)
+        return model_fingerprint(get_peft_model(policy, lora(init_lora_weights=False, lora_alpha=lora_alpha)))
+
+    assert fingerprint(8) == fingerprint(8) != fingerprint(16)
 
 
 def test_model_fingerprints_differ():

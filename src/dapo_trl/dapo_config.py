@@ -3,13 +3,12 @@ Configuration of [`DAPOTrainer`].
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from trl.trainer.base_config import _BaseConfig
+from dapo_trl.step_config import _StepConfig
 
 
 @dataclass
-class DAPOConfig(_BaseConfig):
+class DAPOConfig(_StepConfig):
     r"""
     Configuration of [`DAPOTrainer`], for Direct Advantage Policy Optimization (arXiv 2412.18279; not ByteDance's DAPO).
 
@@ -74,34 +73,10 @@ class DAPOConfig(_BaseConfig):
     > - `logging_steps`, `gradient_checkpointing` and `bf16` as in all TRL trainers.
     """
 
-    # `TrainingArguments` declares it without `ClassVar`, so it cannot have that here.
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
-
     learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate of AdamW. Paper: 5e-7."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data. Paper: not stated."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW. The paper's code: 0.95."})
 
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for `from_pretrained`, when `model` is a name or path."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether to allow models and tokenizers with Python code of their own."}
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Whether to switch dropout off."})
-    max_length: int | None = field(
-        default=2048, metadata={"help": "Longest sequence in tokens. What exceeds it is cut by whole steps."}
-    )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Pad sequences to a multiple of this length."}
-    )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data set."})
-    layout: str = field(
-        default="tree",
-        metadata={"help": "'tree' (every shared token once) or 'padded'.", "choices": ["tree", "padded"]},
-    )
-    max_tokens_per_row: int | None = field(
-        default=None, metadata={"help": "Token budget of a row of trees. A larger batch becomes several rows."}
-    )
     min_advantage_gap: float = field(
         default=0.1, metadata={"help": "States with a smaller advantage gap are left out. Paper: 0.1."}
     )
@@ -130,11 +105,3 @@ class DAPOConfig(_BaseConfig):
             )
         if self.duplicate_weights not in ("uniform", "counts"):
             raise ValueError(f"`duplicate_weights` must be 'uniform' or 'counts', got {self.duplicate_weights!r}.")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"`max_length` must be at least 2 (a prompt and a step), got {self.max_length}.")
-        if self.layout not in ("tree", "padded"):
-            raise ValueError(f"`layout` must be 'tree' or 'padded', got {self.layout!r}.")
-        if self.max_tokens_per_row is not None and self.max_tokens_per_row < 2:
-            raise ValueError(
-                f"`max_tokens_per_row` must be at least 2 (a prompt and a step), got {self.max_tokens_per_row}."
-            )

@@ -40,7 +40,7 @@ from dapo_trl.modeling import (
 from dapo_trl.preprocessing import prepare_policy_dataset
 from dapo_trl.ref_logps import add_ref_logps, check_ref_model, model_fingerprint
 from dapo_trl.samplers import group_rows
-from dapo_trl.step_trainer import _StepTrainer, default_output_dir, length_limit
+from dapo_trl.step_trainer import _StepTrainer, default_output_dir
 
 
 if TYPE_CHECKING:
@@ -195,12 +195,11 @@ class DAPOTrainer(_StepTrainer):
             that are not trained on, say for `min_advantage_gap`, have null.
 
         Raises:
-            KeyError: if there is no such data set.
-            ValueError: if the reference's log-probabilities were not precomputed.
+            ValueError: if there is no such data set, or the reference's log-probabilities were not precomputed.
         """
         if self._given.get(name) is None:
             known = [other for other, rows in self._given.items() if rows is not None]
-            raise KeyError(f"There is no data set {name!r}, only {', '.join(map(repr, known))}.")
+            raise ValueError(f"There is no data set {name!r}, only {', '.join(map(repr, known))}.")
         if not self.args.precompute_ref_log_probs:
             raise ValueError(
                 "`precompute_ref_log_probs=False` computes the reference's log-probabilities in every step and keeps "
@@ -221,7 +220,7 @@ class DAPOTrainer(_StepTrainer):
                 "is run in every step."
             )
             dataset = dataset.remove_columns("ref_logps")
-        max_length, limit_name = length_limit(args)
+        max_length, limit_name = args.length_limit
         prepared, self.preprocessing_report[name] = prepare_policy_dataset(
             dataset,
             processing_class,

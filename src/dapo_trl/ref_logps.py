@@ -220,7 +220,8 @@ def add_ref_logps(
 
 def model_fingerprint(model: Any) -> str:
     """
-    Short hash of a model's weights: of every parameter its name, shape and up to 256 of its values, evenly spread.
+    Short hash of a model's weights: of every parameter its name, shape and up to 256 of its values, evenly spread; and
+    of the factors (such as lora_alpha / r) of an active adapter.
 
     The same for a model under an adapter that is switched off. Weights that are sharded are gathered one by one.
 
@@ -241,6 +242,8 @@ def model_fingerprint(model: Any) -> str:
             shape = tuple(values.shape)
         digest.update(f"{name} {shape}".encode())
         digest.update(sample.numpy().tobytes())
+    for scaling in _adapter_scalings(unwrapped(model)):
+        digest.update(f"{scaling}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -261,8 +264,19 @@ def _base_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return base | adapters
 
 
+def _adapter_scalings(model: Any) -> list[float]:
+    """Factors of the active adapter's layers, in their order; empty without one."""
+    if not is_peft_model(model) or not _has_active_adapter(model):
+        return []
+    scalings = [getattr(layer, "scaling", {}) for layer in _adapter_layers(model)]
+    return [scaling[name] for scaling in scalings for name in model.active_adapters if name in scaling]
+
+
 def _has_active_adapter(model: Any) -> bool:
+    return any(not layer.disable_adapters for layer in _adapter_layers(model))
+
+
+def _adapter_layers(model: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return any(not layer.disable_adapters for layer in layers)
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -3,13 +3,12 @@ Configuration of [`StepCriticTrainer`].
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from trl.trainer.base_config import _BaseConfig
+from dapo_trl.step_config import _StepConfig
 
 
 @dataclass
-class StepCriticConfig(_BaseConfig):
+class StepCriticConfig(_StepConfig):
     r"""
     Configuration of [`StepCriticTrainer`], the critic of Direct Advantage Policy Optimization (arXiv 2412.18279).
 
@@ -60,33 +59,9 @@ class StepCriticConfig(_BaseConfig):
     > - `logging_steps`, `gradient_checkpointing` and `bf16` as in all TRL trainers.
     """
 
-    # `TrainingArguments` declares it without `ClassVar`, so it cannot have that here.
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
-
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate of AdamW. Paper: 5e-6."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data. Paper: 1."})
 
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for `from_pretrained`, when `model` is a name or path."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether to allow models and tokenizers with Python code of their own."}
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Whether to switch dropout off."})
-    max_length: int | None = field(
-        default=2048, metadata={"help": "Longest sequence in tokens. What exceeds it is cut by whole steps."}
-    )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Pad sequences to a multiple of this length."}
-    )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data set."})
-    layout: str = field(
-        default="tree",
-        metadata={"help": "'tree' (every shared token once) or 'padded'.", "choices": ["tree", "padded"]},
-    )
-    max_tokens_per_row: int | None = field(
-        default=None, metadata={"help": "Token budget of a row of trees. A larger batch becomes several rows."}
-    )
     state_weights: str = field(
         default="rollouts",
         metadata={
@@ -99,11 +74,3 @@ class StepCriticConfig(_BaseConfig):
         super().__post_init__()
         if self.state_weights not in ("rollouts", "uniform"):
             raise ValueError(f"`state_weights` must be 'rollouts' or 'uniform', got {self.state_weights!r}.")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"`max_length` must be at least 2 (a prompt and a step), got {self.max_length}.")
-        if self.layout not in ("tree", "padded"):
-            raise ValueError(f"`layout` must be 'tree' or 'padded', got {self.layout!r}.")
-        if self.max_tokens_per_row is not None and self.max_tokens_per_row < 2:
-            raise ValueError(
-                f"`max_tokens_per_row` must be at least 2 (a prompt and a step), got {self.max_tokens_per_row}."
-            )

@@ -34,7 +34,7 @@ from dapo_trl.modeling import (
 )
 from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset, prompt_key, row_length, tokenize_row
 from dapo_trl.step_critic_config import StepCriticConfig
-from dapo_trl.step_trainer import _StepTrainer, default_output_dir, length_limit
+from dapo_trl.step_trainer import _StepTrainer, default_output_dir
 
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class StepCriticTrainer(_StepTrainer):
             for row in dataset
         ]
         lengths = [row_length(row) for row in rows]
-        max_length, limit_name = length_limit(self.args)
+        max_length, limit_name = self.args.length_limit
         if max_length is not None and max(lengths) > max_length:
             index = lengths.index(max(lengths))
             raise ValueError(
@@ -218,7 +218,7 @@ class StepCriticTrainer(_StepTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: StepCriticConfig, name: str
     ) -> Dataset:
-        max_length, limit_name = length_limit(args)
+        max_length, limit_name = args.length_limit
         prepared, self.preprocessing_report[name] = prepare_critic_dataset(
             dataset,
             processing_class,
