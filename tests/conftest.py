@@ -41,6 +41,49 @@ def make_tokenizer(chat_template: str | None = None, **special_tokens: str | Non
     return tokenizer
 
 
+class ScriptedEngine:
+    """
+    Gives each prefix the completions written down for it, over and over; `~` stands for a cut at the length limit.
+
+    `requests` has the prefix of every completion that was asked for.
+    """
+
+    name = "script"
+    num_calls = 1
+
+    def __init__(self, script: dict[str, list[str]]):
+        self.tokenizer = make_tokenizer()
+        self.script = script
+        self.requests: list[str] = []
+
+    def generate(self, prefixes, seeds, sampling, on_completion=None):
+        texts = [self.tokenizer.decode(prefix) for prefix in prefixes]
+        return [[self.draw(text) for _ in own] for text, own in zip(texts, seeds, strict=True)]
+
+    def draw(self, prefix: str):
+        from dapo_trl.engines import Completion
+
+        text = self.script[prefix][self.requests.count(prefix) % len(self.script[prefix])]
+        self.requests.append(prefix)
+        cut = text.endswith("~")
+        text = text.removesuffix("~")
+        ids = self.tokenizer(text).input_ids + ([] if cut else [self.tokenizer.eos_token_id])
+        return Completion(tuple(ids), text, "length" if cut else "stop")
+
+    def describe(self):
+        return {"engine": "script"}
+
+    def take_counts(self):
+        return {}
+
+
+def answer_reward(prompts, completions, answer, **kwargs):
+    """1 if the text ends with the answer, 0 if not, None if it says that nobody can know."""
+    return [
+        None if "?" in text else float(text.endswith(right)) for text, right in zip(completions, answer, strict=True)
+    ]
+
+
 def tiny_config(architecture: str = "llama", **kwargs):
     """Configuration of a tiny model for the tests' tokenizer."""
     import transformers

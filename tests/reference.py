@@ -146,3 +146,16 @@ def binomial_quantile(num_trials: int, probability: float, level: float) -> int:
         if cumulative >= level:
             return successes
     return num_trials
+
+
+def sample_reference(logits: Sequence[float], uniform: float) -> int:
+    """The token in whose share of [0, 1) a number falls; the shares are the softmax, one after the other."""
+    highest = max(logits)
+    weights = [math.exp(logit - highest) for logit in logits]
+    total = math.fsum(weights)
+    cumulative = 0.0
+    for token, weight in enumerate(weights):
+        cumulative += weight / total
+        if uniform < cumulative:
+            return token
+    return max(token for token, weight in enumerate(weights) if weight > 0)

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 import reference
 from conftest import CHAT_TEMPLATE, make_tokenizer
-from dapo_trl.engines import Completion, SamplingConfig
+from dapo_trl.engines import Completion, SamplingConfig, sample_seed
 from dapo_trl.evaluation import Estimate, bootstrap_mean, evaluate_policy, pass_at_k
 from dapo_trl.tokenization import encode_prompt
 from dapo_trl.verifiers import math_reward
@@ -119,15 +119,15 @@ class FakeEngine:
     def __init__(self, answers: dict[str, list[str]], chat_template: str | None = None):
         self.tokenizer = make_tokenizer(chat_template)
         self.answers = answers
-        self.calls: list[tuple[int, SamplingConfig, int]] = []
+        self.calls: list[tuple[list[list[int]], SamplingConfig]] = []
 
-    def generate(self, prefixes, n, sampling, seed, desc="Sampling"):
-        self.calls.append((n, sampling, seed))
+    def generate(self, prefixes, seeds, sampling, on_completion=None):
+        self.calls.append((seeds, sampling))
         asked = [self.tokenizer.decode(prefix) for prefix in prefixes]
         texts = [
             self.answers[prompt][:1] if sampling.temperature == 0 else self.answers[prompt][1:] for prompt in asked
         ]
-        return [[self.complete(text) for text in group[:n]] for group in texts]
+        return [[self.complete(text) for text in group[: len(own)]] for group, own in zip(texts, seeds, strict=True)]
 
     def complete(self, text: str) -> Completion:
         ids = tuple(self.tokenizer(text).input_ids)
@@ -174,7 +174,8 @@ class TestEvaluatePolicy:
         engine, sampling = FakeEngine(ANSWERS), SamplingConfig(max_new_tokens=64, temperature=0.7, top_p=0.9, top_k=20)
         evaluate_policy(PROBLEMS, engine, math_reward, sampling, k=2, seed=7)
         greedy = SamplingConfig(max_new_tokens=64, temperature=0.0, top_p=0.9, top_k=20)
-        assert engine.calls == [(1, greedy, 7), (2, sampling, 7)]
+        seeds = [[sample_seed(7, problem, number) for number in range(2)] for problem in range(4)]
+        assert engine.calls == [([own[:1] for own in seeds], greedy), (seeds, sampling)]
 
     def test_one_sample_is_its_own_pass(self):
         """k = 1: mean@1 and pass@1 are one number."""

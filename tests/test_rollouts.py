@@ -9,47 +9,14 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from conftest import STUDENT, make_tokenizer
+from conftest import STUDENT, ScriptedEngine, make_tokenizer
+from conftest import answer_reward as reward
 from dapo_trl import check_dataset, collect_rollouts, math_reward, split_steps
-from dapo_trl.engines import Completion, SamplingConfig
+from dapo_trl.engines import SamplingConfig
 from dapo_trl.rollouts import RolloutConfig, select_balanced
 
 
 EOS = 1
-
-
-class ScriptedEngine:
-    """
-    Gives each prefix the completions written down for it, over and over; `~` stands for a cut at the length limit.
-    """
-
-    name = "script"
-
-    def __init__(self, script: dict[str, list[str]]):
-        self.tokenizer = make_tokenizer()
-        self.script = script
-        self.requests: list[str] = []
-
-    def generate(self, prefixes, n, sampling, seed, desc=""):
-        completions = []
-        for prefix in prefixes:
-            text = self.tokenizer.decode(prefix)
-            self.requests.append(text)
-            completions.append([self.completion(self.script[text][i % len(self.script[text])]) for i in range(n)])
-        return completions
-
-    def completion(self, text: str) -> Completion:
-        cut = text.endswith("~")
-        text = text.removesuffix("~")
-        ids = self.tokenizer(text).input_ids + ([] if cut else [EOS])
-        return Completion(tuple(ids), text, "length" if cut else "stop")
-
-
-def reward(prompts, completions, answer, **kwargs):
-    """1 if the text ends with the answer, 0 if not, None if it says that nobody can know."""
-    return [
-        None if "?" in text else float(text.endswith(right)) for text, right in zip(completions, answer, strict=True)
-    ]
 
 
 def problem(**columns):
@@ -57,36 +24,27 @@ def problem(**columns):
 
 
 def test_values_by_hand():
-    """One problem, two solutions, two completions from each of their three states.
+    """One problem, two solutions, two completions from each of their states.
 
     Solutions: "a\\n1" (right) and "a\\n0" (wrong), so the states are the prompt and "a\\n", which both share: estimated
-    once. Completions of the prompt: "a\\n1" (right) and "b\\n0" (wrong). Of "a\\n": "1" (right) and "0" (wrong).
-    V(prompt) = (2 completions, 1 right) = 1/2.
-    V("a\\n") = (2 completions + 1 that passed through it, 1 + 1 right) = 2/3. The solutions do not count: they, and
-    their problem, were kept for their outcomes.
+    once. Completions of the prompt: "a\\n1" (right) and "b\\n0" (wrong). The first passes through "a\\n" and is one of
+    its two; the other, "0", is wrong. V(prompt) = 1/2, V("a\\n") = 1/2. The solutions do not count: they, and their
+    problem, were kept for their outcomes.
     """
-    script = {"p\n": ["a\n1", "a\n0"], "p\na\n": ["1", "0"]}
+    script = {"p\n": ["a\n1", "a\n0", "a\n1", "b\n0"], "p\na\n": ["0", "never"]}
     engine = ScriptedEngine(script)
     config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)
-    original = engine.generate
-
-    def generate(prefixes, n, sampling, seed, desc=""):
-        if engine.requests:
-            engine.script = {**script, "p\n": ["a\n1", "b\n0"]}
-        return original(prefixes, n, sampling, seed, desc)
-
-    engine.generate = generate
     rollouts = collect_rollouts(problem(), engine, reward, config)
-    assert sorted(engine.requests) == ["p\n", "p\n", "p\na\n"]
+    assert engine.requests == ["p\n"] * 4 + ["p\na\n"]
     by_outcome = {row["reward"]: row for row in rollouts.solutions}
     assert by_outcome[1.0]["completions"] == ["a\n", "1"]
-    assert by_outcome[1.0]["values"] == pytest.approx([1 / 2, 2 / 3, 1.0])
-    assert by_outcome[1.0]["mc_successes"] == [1, 2, 3]  # its end: the solution, and two completions that end alike
-    assert by_outcome[1.0]["mc_rollouts"] == [2, 3, 3]
-    assert by_outcome[0.0]["values"] == pytest.approx([1 / 2, 2 / 3, 0.0])
+    assert by_outcome[1.0]["values"] == [1 / 2, 1 / 2, 1.0]
+    assert by_outcome[1.0]["mc_successes"] == [1, 1, 2]  # its end: the solution, and a completion that ends alike
+    assert by_outcome[1.0]["mc_rollouts"] == [2, 2, 2]
+    assert by_outcome[0.0]["values"] == [1 / 2, 1 / 2, 0.0]
     states = {"".join(row["prefix"]): row for row in rollouts.states}
     assert states[""]["candidates"] == ["a\n", "b\n"]
-    assert states[""]["values"] == pytest.approx([2 / 3, 0.0])
+    assert states[""]["values"] == [1 / 2, 0.0]
     assert states[""]["counts"] == [1, 1]
     assert states[""]["rewards"] == [None, None]
     assert states["a\n"]["candidates"] == ["1", "0"]
@@ -94,8 +52,46 @@ def test_values_by_hand():
     assert states["a\n"]["rewards"] == [1.0, 0.0]
     assert [ids[-1] == EOS for ids in states["a\n"]["candidates_ids"]] == [True, True]
     report = rollouts.report
-    assert (report["solutions"], report["completions"], report["states"], report["pairs"]) == (2, 4, 2, 4)
-    assert report["tokens_generated"] == 2 * 4 + 2 * 4 + 2 * 2
+    assert (report["solutions"], report["completions"], report["states"], report["pairs"]) == (2, 3, 2, 4)
+    assert report["tokens_generated"] == 4 * 4 + 2
+
+
+def test_values_without_reuse():
+    """
+    Every state draws its two completions: V("a\\n") = 1/3 counts the one that passes through, and both of its own, but
+    only these are its candidates.
+    """
+    script = {"p\n": ["a\n1", "a\n0", "a\n1", "b\n0"], "p\na\n": ["0", "2"]}
+    engine = ScriptedEngine(script)
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2, reuse=False)
+    rollouts = collect_rollouts(problem(), engine, reward, config)
+    assert engine.requests == ["p\n"] * 4 + ["p\na\n"] * 2
+    assert rollouts.solutions[0]["values"][:2] == pytest.approx([1 / 2, 1 / 3])
+    assert rollouts.solutions[0]["mc_rollouts"][:2] == [2, 3]
+    states = {"".join(row["prefix"]): row["candidates"] for row in rollouts.states}
+    assert states == {"": ["a\n", "b\n"], "a\n": ["0", "2"]}
+
+
+def test_adaptive_numbers():
+    """
+    Looks after 4 and 8 completions, four equal outcomes are enough. The prompt: 1 right, 3 wrong, so four more, all
+    wrong; its one success was among the first four, so V = 1/4 is unbiased, not 1/8. "a\\n" is passed by the right one
+    and draws three more, all right: V = 1. "b\\n" is passed by seven wrong ones and draws none: V = 0.
+    """
+    script = {"p\n": ["a\n1", "b\n0", *(["a\n1"] + ["b\n0"] * 7)], "p\na\n": ["1"], "p\nb\n": ["never"]}
+    engine = ScriptedEngine(script)
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=8, min_completions=4, precision=0.15)
+    rollouts = collect_rollouts(problem(), engine, reward, config)
+    assert engine.requests == ["p\n"] * 10 + ["p\na\n"] * 3
+    values = {row["completions"][0]: row["values"] for row in rollouts.solutions}
+    assert values == {"a\n": [1 / 4, 1.0, 1.0], "b\n": [1 / 4, 0.0, 0.0]}
+    assert {row["completions"][0]: row["mc_rollouts"] for row in rollouts.solutions} == {
+        "a\n": [8, 4, 5],
+        "b\n": [8, 7, 8],
+    }
+    [state] = rollouts.states
+    assert dict(zip(state["candidates"], state["values"], strict=True)) == {"a\n": 1.0, "b\n": 0.0}
+    assert state["counts"] == [1, 7]
 
 
 def test_rows_pass_the_check():
@@ -116,7 +112,7 @@ def test_truncated_counts_as_wrong():
     A completion cut at the length limit counts as wrong even if it ends in the answer; its last step is no candidate.
     """
     script = {"p\n": ["a\n1", "a\n0"], "p\na\n": ["1~", "0"]}
-    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2, reuse=False)
     rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, config)
     solution = next(row for row in rollouts.solutions if row["reward"] == 1.0)
     assert solution["mc_successes"][1] == 1.0  # only the completion of the prompt that passed through
@@ -138,27 +134,20 @@ def test_a_truncated_solution_keeps_its_states():
 
 def test_what_cannot_be_judged_counts_not_at_all():
     script = {"p\n": ["a\n1", "a\n0", "?"], "p\na\n": ["1", "?"]}
-    config = RolloutConfig(num_solutions=3, num_kept=3, num_completions=2)
+    config = RolloutConfig(num_solutions=3, num_kept=3, num_completions=2, reuse=False)
     rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, config)
-    assert rollouts.report["solutions"] == 2
+    assert rollouts.report["solutions"] == 3
     assert rollouts.report["not_judged"] == 2
     row = rollouts.solutions[0]
     assert row["mc_rollouts"][:2] == [2, 3]  # the prompt: 2 completions; "a": 1 completion + 2 passing
 
 
 def test_a_state_without_outcome_drops_its_solution():
-    script = {"p\n": ["b\n1", "c\n0"], "p\nb\n": ["?"], "p\nc\n": ["1", "0"]}
+    script = {"p\n": ["b\n1", "c\n0", "c\n0", "c\n0"], "p\nb\n": ["?"], "p\nc\n": ["never"]}
     config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)
     engine = ScriptedEngine(script)
-    original = engine.generate
-
-    def generate(prefixes, n, sampling, seed, desc=""):
-        if engine.requests:
-            engine.script = {**script, "p\n": ["c\n0"]}
-        return original(prefixes, n, sampling, seed, desc)
-
-    engine.generate = generate
     rollouts = collect_rollouts(problem(), engine, reward, config)
+    assert engine.requests.count("p\nb\n") == 2  # what cannot be judged is drawn once, not for ever
     assert [row["completions"] for row in rollouts.solutions] == [["c\n", "0"]]
     assert rollouts.report["solutions_without_value"] == 1
 
@@ -178,7 +167,7 @@ def test_same_words_ending_or_going_on_are_two_actions():
 
 def test_empty_completions_are_counted():
     script = {"p\n": ["a\n1", "a\n0", ""], "p\na\n": ["1", "", "0"]}
-    config = RolloutConfig(num_solutions=3, num_kept=3, num_completions=3)
+    config = RolloutConfig(num_solutions=3, num_kept=3, num_completions=3, reuse=False)
     rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, config)
     assert rollouts.report["empty"] == 3
     assert all(row["candidates"] == ["1", "0"] for row in rollouts.states if row["prefix"])
@@ -188,7 +177,7 @@ def test_empty_completions_are_counted():
 def test_solutions_count_for_the_prompt_if_no_problem_is_skipped():
     """Then nothing was chosen by their outcomes: V(prompt) = (2 completions + 4 solutions, 1 + 2 right) = 3/6."""
     script = {"p\n": ["a\n1", "a\n0"], "p\na\n": ["1", "0"]}
-    config = RolloutConfig(num_solutions=4, num_kept=2, num_completions=2, skip_uniform=False)
+    config = RolloutConfig(num_solutions=4, num_kept=2, num_completions=2, skip_uniform=False, reuse=False)
     row = collect_rollouts(problem(), ScriptedEngine(script), reward, config).solutions[0]
     assert (row["mc_successes"][0], row["mc_rollouts"][0]) == (3, 6)
     assert row["mc_rollouts"][1] == 4  # two completions, and two that passed: never the solutions
@@ -203,8 +192,8 @@ def test_problems_without_signal(skip):
     config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2, skip_uniform=skip)
     report = collect_rollouts(problems, engine, reward, config).report
     assert (report["problems_all_correct"], report["problems_all_wrong"]) == (1, 1)
-    assert engine.requests.count("p\n") == (1 if skip else 2)
-    assert engine.requests.count("r\n") == 2
+    assert engine.requests.count("p\n") == (2 if skip else 4)
+    assert engine.requests.count("r\n") == 4
 
 
 def solution(text: str, right: bool) -> SimpleNamespace:

@@ -2,6 +2,7 @@
 Monte Carlo values: by hand, against slow loops, what they estimate, and what they refuse.
 """
 
+import itertools
 import math
 import random
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import reference
-from dapo_trl.values import Counts, Sample, monte_carlo_values, prefix_counts
+from dapo_trl.values import Counts, Sample, StoppingRule, monte_carlo_values, prefix_counts, sequential_value
 
 
 def random_samples(num_samples: int, seed: int) -> list[Sample]:
@@ -160,3 +161,91 @@ class TestPrefixCounts:
         assert counts[()].value == 0.5
         assert counts[("a",)].value == pytest.approx(0.735, abs=0.01)
         assert abs(standard_errors(counts[("a",)], 0.8)) > 10
+
+
+RULES = [
+    StoppingRule(4, 8, 0.15),
+    StoppingRule(4, 16, 0.15),
+    StoppingRule(2, 12, 0.2),
+    StoppingRule(3, 8, 0.17),  # the last look is no multiple of the first
+    StoppingRule(1, 6, 0.25),
+]
+
+
+def stopping_probabilities(rule: StoppingRule, value: float) -> dict[tuple[int, int], float]:
+    """By (successes, rollouts): probability to stop there, over all sequences of outcomes, one by one."""
+    found: dict[tuple[int, int], float] = {}
+    for outcomes in itertools.product([0.0, 1.0], repeat=rule.maximum):
+        stop = rule.stopping_time(outcomes)
+        place = (int(sum(outcomes[:stop])), stop)
+        probability = math.prod(value if outcome else 1 - value for outcome in outcomes)
+        found[place] = found.get(place, 0.0) + probability
+    return found
+
+
+class TestSequentialValue:
+    @pytest.mark.parametrize("rule", RULES[:1] + RULES[2:])
+    @pytest.mark.parametrize("value", [0.0, 0.03, 0.2, 0.5, 0.9, 1.0])
+    def test_unbiased(self, rule, value):
+        """Expectation over all sequences of outcomes, enumerated: the value itself."""
+        found = stopping_probabilities(rule, value)
+        mean = sum(probability * sequential_value(*place, rule) for place, probability in found.items())
+        assert mean == pytest.approx(value, abs=1e-12)
+
+    def test_the_plain_mean_is_biased(self):
+        """What the estimator is for: at value 0.1 with looks after 4 and 8, the mean outcome is 0.05 too low."""
+        rule = RULES[0]
+        found = stopping_probabilities(rule, 0.1)
+        mean = sum(probability * place[0] / place[1] for place, probability in found.items())
+        assert mean == pytest.approx(0.0672, abs=1e-4)
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_bounds_and_symmetry(self, rule):
+        """In [0, 1], and failures mirror successes."""
+        for rollouts in rule.looks:
+            for successes in range(rollouts + 1):
+                try:
+                    value = sequential_value(successes, rollouts, rule)
+                except ValueError:
+                    continue
+                assert 0 <= value <= 1
+                assert sequential_value(rollouts - successes, rollouts, rule) == pytest.approx(1 - value)
+
+    def test_without_early_stops_it_is_the_mean(self):
+        """A rule that never stops early (precision out of reach) or has one look: s / n."""
+        for rule in (StoppingRule(4, 16, 1e-6), StoppingRule(16, 16, 0.15)):
+            assert [sequential_value(s, 16, rule) for s in range(17)] == pytest.approx([s / 16 for s in range(17)])
+
+    def test_refuses_what_cannot_be(self):
+        with pytest.raises(ValueError, match="0 successes in 8 completions cannot be: the state stops earlier"):
+            sequential_value(0, 8, RULES[0])
+
+
+class TestStoppingRule:
+    def test_by_hand(self):
+        """After 4 equal outcomes Beta(1, 5) has sd sqrt(5 / (36 * 7)) = 0.141; after 2 of 4 Beta(3, 3) has 0.189."""
+        rule = StoppingRule(4, 16, 0.15)
+        assert rule.is_enough(0, 4) and rule.is_enough(4, 4) and not rule.is_enough(2, 4)
+        assert not StoppingRule(4, 16, 0.14).is_enough(0, 4)
+        assert rule.stopping_time([0.0] * 3) is None
+        assert rule.stopping_time([0.0] * 7) == 4
+        assert rule.stopping_time([0.0, 1.0] * 8) == 12  # Beta(7, 7): 0.129
+
+    def test_outcomes_between(self):
+        """Partial rewards have no sequential estimate, but a fixed number of completions needs none."""
+        with pytest.raises(ValueError, match="Leave `min_completions` out"):
+            StoppingRule(2, 4, 0.15).stopping_time([0.5, 1.0])
+        assert StoppingRule(2, 2, 0.15).stopping_time([0.5, 1.0]) == 2
+
+    @pytest.mark.parametrize(
+        ("numbers", "message"),
+        [
+            ((0, 4, 0.1), "must lie between 1 and the largest, 4, got 0"),
+            ((5, 4, 0.1), "must lie between 1 and the largest, 4, got 5"),
+            ((2, 4, 0.0), "`precision` must lie in"),
+            ((2, 4, 1.0), "`precision` must lie in"),
+        ],
+    )
+    def test_refuses(self, numbers, message):
+        with pytest.raises(ValueError, match=message):
+            StoppingRule(*numbers)

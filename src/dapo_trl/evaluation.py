@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from datasets import Dataset
 
-from dapo_trl.engines import Engine, SamplingConfig
+from dapo_trl.engines import Engine, SamplingConfig, sample_seed
+from dapo_trl.progress import CompletionBar
 from dapo_trl.rollouts import judge
 from dapo_trl.tokenization import encode_prompt
 
@@ -105,8 +106,11 @@ def evaluate_policy(
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
     prefixes = [encode_prompt(row["prompt"], engine.tokenizer) for row in problems]
-    greedy = engine.generate(prefixes, 1, replace(sampling, temperature=0.0), seed, "Evaluating (greedy)")
-    sampled = engine.generate(prefixes, k, sampling, seed, f"Evaluating (mean@{k})")
+    seeds = [[sample_seed(seed, index, number) for number in range(k)] for index in range(len(prefixes))]
+    with CompletionBar(len(prefixes), "Evaluating (greedy)") as bar:
+        greedy = engine.generate(prefixes, [group[:1] for group in seeds], replace(sampling, temperature=0.0), bar.add)
+    with CompletionBar(len(prefixes) * k, f"Evaluating (mean@{k})") as bar:
+        sampled = engine.generate(prefixes, seeds, sampling, bar.add)
     rows = list(problems)
     correct, not_judged = [], 0
     for group, n in ((greedy, 1), (sampled, k)):

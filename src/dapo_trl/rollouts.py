@@ -1,22 +1,30 @@
 """
 Solutions of each problem, and completions from every state of those that are kept: the data behind all step values.
+
+Two stages: [`sample_solutions`], then [`value_solutions`]. Each takes some problems, and what it gives for one problem
+does not depend on the others, so that `stages.py` can work through a data set in any portions, on disk and resumable.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from dapo_trl.engines import Completion, Engine, SamplingConfig
+from dapo_trl.engines import Completion, Engine, OnCompletion, SamplingConfig, sample_seed
+from dapo_trl.progress import CompletionBar
+from dapo_trl.state_tree import Rollout, StateTree
 from dapo_trl.steps import split_step_ids, step_texts
+from dapo_trl.tables import problem_row, table_features, to_dataset, with_problem_ids
 from dapo_trl.tokenization import Prompt, encode_prompt, tokenizer_fingerprint
-from dapo_trl.values import Counts, Sample, State, prefix_counts
+from dapo_trl.values import State, StoppingRule
 
 
 RewardFunction = Callable[..., list[float | None]]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,16 @@ class RolloutConfig:
         num_kept (`int`, *optional*, defaults to `6`):
             Solutions kept per problem, correct and wrong as balanced as possible, without duplicates.
         num_completions (`int`, *optional*, defaults to `16`):
-            Completions sampled from every state of the kept solutions, the bare prompt included.
+            Completions of every state of the kept solutions, the bare prompt included.
+        min_completions (`int`, *optional*):
+            Completions after which, and after every further multiple of which, a state whose value is known to
+            `precision` gets no more, see [`~dapo_trl.values.StoppingRule`]. `None` gives every state
+            `num_completions`, as the paper does.
+        precision (`float`, *optional*, defaults to `0.15`):
+            Posterior standard deviation of a value that is enough. Only used with `min_completions`.
+        reuse (`bool`, *optional*, defaults to `True`):
+            Whether completions of a state that pass through a later one count towards that one's number: they are as
+            good as its own. `False` draws `num_completions` from every state, as the paper does.
         sampling ([`~dapo_trl.engines.SamplingConfig`], *optional*):
             How to sample. `max_new_tokens` bounds a solution, and a completion from any of its states.
         separator (`str`, *optional*, defaults to `"\\n"`):
@@ -48,6 +65,9 @@ class RolloutConfig:
     num_solutions: int = 32
     num_kept: int = 6
     num_completions: int = 16
+    min_completions: int | None = None
+    precision: float = 0.15
+    reuse: bool = True
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     separator: str = "\n"
     skip_uniform: bool = True
@@ -61,6 +81,13 @@ class RolloutConfig:
             raise ValueError(f"Cannot keep {self.num_kept} of {self.num_solutions} solutions. Lower `num_kept`.")
         if self.num_completions < 2:
             raise ValueError("`num_completions` must be at least 2: advantages compare the next steps of one state.")
+        self.stopping_rule  # noqa: B018 (checks its numbers)
+
+    @property
+    def stopping_rule(self) -> StoppingRule:
+        """When a state has enough completions."""
+        minimum = self.num_completions if self.min_completions is None else self.min_completions
+        return StoppingRule(minimum, self.num_completions, self.precision)
 
 
 @dataclass(frozen=True)
@@ -83,35 +110,125 @@ class Rollouts:
     report: dict[str, int]
 
 
-@dataclass
-class _Rollout:
-    """A completion, judged and cut into steps."""
+class _Request(NamedTuple):
+    """Completions wanted of a state."""
 
-    steps_ids: list[tuple[int, ...]]
-    steps: tuple[str, ...]
-    reward: float
-    truncated: bool
-
-    @property
-    def actions(self) -> State:
-        """
-        What tells the steps apart: their text, and for the last one that it ended the solution, or broke off.
-
-        The same words followed by an end, by another step or by nothing are different actions.
-        """
-        return (*self.steps[:-1], (self.steps[-1], "cut off" if self.truncated else "end")) if self.steps else ()
+    row: Row  # the problem
+    prefix: State
+    prefix_ids: list[int]
+    seeds: list[int]
 
 
-@dataclass
-class _Tree:
-    """Everything sampled for one problem. States are tuples of step texts."""
+def sample_solutions(
+    problems: Sequence[Row],
+    engine: Engine,
+    reward_function: RewardFunction,
+    config: RolloutConfig,
+    on_completion: OnCompletion | None = None,
+) -> tuple[list[Row], dict[str, int]]:
+    """
+    Sample and judge solutions.
 
-    row: dict[str, Any]
-    prompt_ids: list[int]
-    solutions: list[_Rollout] = field(default_factory=list)
-    kept: list[_Rollout] = field(default_factory=list)
-    states: dict[State, list[tuple[int, ...]]] = field(default_factory=dict)  # state -> ids of its steps
-    completions: dict[State, list[_Rollout]] = field(default_factory=dict)
+    Args:
+        problems (sequence of `dict`):
+            Rows with `prompt` (text or messages), `problem_id` and whatever columns the reward function takes.
+        engine ([`~dapo_trl.engines.Engine`]):
+            Sampling back end of the reference policy.
+        reward_function (`Callable`):
+            TRL reward function, see [`collect_rollouts`].
+        config ([`RolloutConfig`]):
+            Numbers of samples and how to draw them.
+        on_completion (`Callable`, *optional*):
+            Called with every completion as it is done.
+
+    Returns:
+        `tuple[list[dict], dict[str, int]]`: `num_solutions` rows a problem with the problem's columns, `prompt_ids`,
+        `completions` (the steps), `completions_ids`, `reward` (`None` if it cannot be judged), `truncated`, `sample`
+        (its number) and lineage; and counts of what was sampled.
+    """
+    sampler = _Sampler(engine, reward_function, config, on_completion)
+    requests = []
+    for problem in problems:
+        seeds = [sample_seed(config.seed, problem["problem_id"], number) for number in range(config.num_solutions)]
+        requests.append(_Request(problem, (), encode_prompt(problem["prompt"], engine.tokenizer), seeds))
+    rows = []
+    for request, rollouts in zip(requests, sampler.sample(requests), strict=True):
+        for number, rollout in enumerate(rollouts):
+            rows.append(request.row | _raw_row(rollout, number) | {"prompt_ids": request.prefix_ids} | sampler.lineage)
+    sampler.counts.update(problems=len(problems), solutions=len(rows))
+    _count_outcomes(rows, sampler.counts)
+    return rows, dict(sampler.counts)
+
+
+def group_by_problem(rows: Sequence[Row]) -> list[list[Row]]:
+    """
+    Rows of each problem.
+
+    Args:
+        rows (sequence of `dict`):
+            Rows with `problem_id`, those of one problem together.
+
+    Returns:
+        `list[list[dict]]`: a list a problem.
+    """
+    return [list(group) for _, group in groupby(rows, key=lambda row: row["problem_id"])]
+
+
+def has_signal(rows: Sequence[Row]) -> bool:
+    """
+    Whether the solutions of a problem differ in their outcome.
+
+    Args:
+        rows (sequence of `dict`):
+            Solutions of one problem, as of [`sample_solutions`].
+
+    Returns:
+        `bool`: `False` too if none could be judged.
+    """
+    return len({row["reward"] for row in rows if row["reward"] is not None}) > 1
+
+
+def value_solutions(
+    rows: Sequence[Row],
+    engine: Engine,
+    reward_function: RewardFunction,
+    config: RolloutConfig,
+    on_completion: OnCompletion | None = None,
+) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    """
+    Keep some solutions of each problem, sample completions from all their states, and give every state its value.
+
+    States are worked through from the prompt on, so that a state counts what has passed through it before it draws
+    completions of its own. A state that several solutions share is estimated once.
+
+    Args:
+        rows (sequence of `dict`):
+            Solutions as of [`sample_solutions`], those of one problem together.
+        engine ([`~dapo_trl.engines.Engine`]):
+            Sampling back end of the reference policy.
+        reward_function (`Callable`):
+            TRL reward function, see [`collect_rollouts`].
+        config ([`RolloutConfig`]):
+            Numbers of samples and how to draw them.
+        on_completion (`Callable`, *optional*):
+            Called with every completion as it is done.
+
+    Returns:
+        `tuple[dict[str, list[dict]], dict[str, int]]`: tables `solutions` and `states`, as of [`Rollouts`]; and counts.
+    """
+    sampler = _Sampler(engine, reward_function, config, on_completion)
+    trees = [(group, tree) for group in group_by_problem(rows) if (tree := _plant(group, config)) is not None]
+    while wanted := [(group[0], tree, *request) for group, tree in trees for request in tree.wanted()]:
+        requests = [_completion_request(row, tree, state, numbers, config) for row, tree, state, numbers in wanted]
+        for (_, tree, state, _), rollouts in zip(wanted, sampler.sample(requests), strict=True):
+            sampler.counts["completions"] += len(rollouts)
+            for rollout in rollouts:
+                tree.add(state, rollout)
+    tables: dict[str, list[Row]] = {"solutions": [], "states": []}
+    for group, tree in trees:
+        _harvest(group, tree, config, sampler, tables)
+    sampler.counts["pairs"] += sum(len(row["candidates"]) for row in tables["states"])
+    return tables, dict(sampler.counts)
 
 
 def collect_rollouts(
@@ -119,6 +236,8 @@ def collect_rollouts(
 ) -> Rollouts:
     """
     Sample solutions, keep some, sample completions from every state of those, and turn them into rows with step values.
+
+    All in memory and in one go; `dapo-trl sample` and `dapo-trl values` do the same on disk, and go on after a kill.
 
     A state that several solutions share is estimated once, and a completion counts for every state it passes through
     (see [`~dapo_trl.values.prefix_counts`]). A truncated completion counts as wrong; one that cannot be judged counts
@@ -139,22 +258,21 @@ def collect_rollouts(
         [`Rollouts`]: solution rows, state rows and the report.
 
     Raises:
-        ValueError: if `problems` is empty, has no `prompt` column, or a prompt leaves no room for a solution.
+        ValueError: if `problems` is empty, lacks a column or has one too many, or a prompt leaves no room for a
+            solution.
     """
     config = config or RolloutConfig()
-    _check_problems(problems)
-    report: Counter[str] = Counter(problems=len(problems))
-    trees = [_Tree(row, encode_prompt(row["prompt"], engine.tokenizer)) for row in problems]
-    sampler = _Sampler(engine, reward_function, config, report)
-    sampler.sample_solutions(trees)
-    trees = _with_signal(trees, config, report)
-    for tree in trees:
-        tree.kept = select_balanced(tree.solutions, config.num_kept, random.Random(f"{config.seed}:{tree.prompt_ids}"))
-        tree.states = _states_of(tree.kept)
-    report["solutions_kept"] = sum(len(tree.kept) for tree in trees)
-    report["states"] = sum(len(tree.states) for tree in trees)
-    sampler.sample_completions(trees)
-    return _to_rows(trees, engine, config, report)
+    problems = with_problem_ids(problems)
+    features = table_features(problems.features)
+    counts: Counter[str] = Counter()
+    with CompletionBar(len(problems) * config.num_solutions, "Solutions") as bar:
+        rows, sampled = sample_solutions(list(problems), engine, reward_function, config, bar.add)
+    with CompletionBar(None, "Completions") as bar:
+        tables, valued = value_solutions(rows, engine, reward_function, config, bar.add)
+    for part in (sampled, valued):
+        counts.update(part)
+    solutions, states = (to_dataset(tables[name], features[name]) for name in ("solutions", "states"))
+    return Rollouts(solutions, states, dict(counts))
 
 
 def select_balanced(solutions: Sequence[Any], num_kept: int, rng: random.Random) -> list[Any]:
@@ -209,166 +327,106 @@ def judge(
 
 
 class _Sampler:
-    """Runs the engine and the reward function over all problems at once, and counts what comes back."""
+    """Runs the engine and the reward function, and counts what comes back."""
 
     def __init__(
-        self, engine: Engine, reward_function: RewardFunction, config: RolloutConfig, report: Counter[str]
+        self,
+        engine: Engine,
+        reward_function: RewardFunction,
+        config: RolloutConfig,
+        on_completion: OnCompletion | None = None,
     ) -> None:
         self.engine = engine
         self.reward_function = reward_function
         self.config = config
-        self.report = report
-        self._steps_of: dict[tuple[int, ...], tuple[list[tuple[int, ...]], tuple[str, ...]]] = {}
+        self.on_completion = on_completion
+        self.counts: Counter[str] = Counter()
+        self.lineage = {"generator": engine.name, "tokenizer_fingerprint": tokenizer_fingerprint(engine.tokenizer)}
+        self._steps_of: dict[tuple[int, ...], tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]] = {}
 
-    def sample_solutions(self, trees: list[_Tree]) -> None:
-        requests: list[tuple[_Tree, State]] = [(tree, ()) for tree in trees]
-        samples = self._sample(requests, self.config.num_solutions, self.config.seed, "Solutions")
-        for tree, solutions in zip(trees, samples, strict=True):
-            tree.solutions = solutions
-            self.report["solutions"] += len(solutions)
-
-    def sample_completions(self, trees: list[_Tree]) -> None:
-        requests = [(tree, state) for tree in trees for state in tree.states]
-        samples = self._sample(requests, self.config.num_completions, self.config.seed + 1, "Completions")
-        for (tree, state), completions in zip(requests, samples, strict=True):
-            tree.completions[state] = completions
-            self.report["completions"] += len(completions)
-
-    def _sample(self, requests: list[tuple[_Tree, State]], n: int, seed: int, desc: str) -> list[list[_Rollout]]:
-        prefixes = [tree.prompt_ids + _flatten(tree.states.get(state, [])) for tree, state in requests]
-        sampled = self.engine.generate(prefixes, n, self.config.sampling, seed, desc) if prefixes else []
+    def sample(self, requests: Sequence[_Request]) -> list[list[Rollout]]:
+        """Judged completions of each request, in the order of its seeds."""
+        prefixes, seeds = [request.prefix_ids for request in requests], [request.seeds for request in requests]
+        sampled = self.engine.generate(prefixes, seeds, self.config.sampling, self.on_completion)
+        self.counts.update(self.engine.take_counts())
         flat = [(request, completion) for request, group in zip(requests, sampled, strict=True) for completion in group]
-        rewards = self._judge(flat)
-        rollouts = iter([self._rollout(pair[1], reward) for pair, reward in zip(flat, rewards, strict=True)])
-        self.report["tokens_generated"] += sum(len(completion.ids) for _, completion in flat)
-        groups = [[next(rollouts) for _ in group] for group in sampled]
-        return [[rollout for rollout in group if rollout is not None] for group in groups]
+        texts = ["".join(map(str, request.prefix)) + completion.text for request, completion in flat]
+        rewards = judge([request.row for request, _ in flat], texts, self.reward_function)
+        rollouts = iter(
+            [self._rollout(completion, reward) for (_, completion), reward in zip(flat, rewards, strict=True)]
+        )
+        return [[next(rollouts) for _ in group] for group in sampled]
 
-    def _judge(self, flat: list[tuple[tuple[_Tree, State], Completion]]) -> list[float | None]:
-        texts = ["".join(map(str, state)) + completion.text for (_, state), completion in flat]
-        return judge([tree.row for (tree, _), _ in flat], texts, self.reward_function)
-
-    def _rollout(self, completion: Completion, reward: float | None) -> _Rollout | None:
+    def _rollout(self, completion: Completion, reward: float | None) -> Rollout:
         truncated = completion.finish_reason == "length"
-        self.report["truncated"] += truncated
-        if reward is None and not truncated:
-            self.report["not_judged"] += 1
-            return None
-        steps_ids: list[tuple[int, ...]] = []
-        steps: tuple[str, ...] = ()
-        if completion.text:
-            steps_ids, steps = self._split(completion.ids)
-        else:
-            self.report["empty"] += 1  # ended at once: there is no step that a row could hold
-        return _Rollout(steps_ids, steps, 0.0 if truncated or reward is None else float(reward), truncated)
+        reward = 0.0 if truncated else reward
+        steps_ids, steps = self._split(completion.ids) if completion.text else ((), ())
+        self.counts["tokens_generated"] += len(completion.ids)
+        self.counts["truncated"] += truncated
+        self.counts["not_judged"] += reward is None
+        self.counts["empty"] += not steps  # ended at once: there is no step that a row could hold
+        return Rollout(steps, steps_ids, None if reward is None else float(reward), truncated)
 
-    def _split(self, ids: tuple[int, ...]) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
+    def _split(self, ids: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
         if ids not in self._steps_of:
             steps_ids = split_step_ids(ids, self.engine.tokenizer, self.config.separator)
             texts = step_texts(steps_ids, self.engine.tokenizer)
-            self._steps_of[ids] = [tuple(step) for step in steps_ids], tuple(texts)
+            self._steps_of[ids] = tuple(tuple(step) for step in steps_ids), tuple(texts)
         return self._steps_of[ids]
 
 
-def _check_problems(problems: Dataset) -> None:
-    if len(problems) == 0:
-        raise ValueError("The data set of problems is empty.")
-    if "prompt" not in problems.column_names:
-        raise ValueError(
-            f"The problems need a column `prompt`, found only {problems.column_names}. Rename yours to it."
-        )
+def _plant(rows: list[Row], config: RolloutConfig) -> StateTree | None:
+    """The states of the solutions that are kept of a problem; nothing if it carries no signal."""
+    solutions = [
+        Rollout(tuple(row["completions"]), tuple(map(tuple, row["completions_ids"])), row["reward"], row["truncated"])
+        for row in rows
+    ]
+    judged = [solution for solution in solutions if solution.steps and solution.reward is not None]
+    if not judged or (config.skip_uniform and not has_signal(rows)):
+        return None
+    # seeded by the problem alone, so that it does not matter which others are worked on
+    rng = random.Random(sample_seed(config.seed, rows[0]["problem_id"], "kept"))
+    return StateTree(select_balanced(judged, config.num_kept, rng), config.stopping_rule, config.reuse)
 
 
-def _with_signal(trees: list[_Tree], config: RolloutConfig, report: Counter[str]) -> list[_Tree]:
-    """Leave out problems without any solution that could be judged and, if asked to, those with only one outcome."""
-    judged = [tree for tree in trees if any(solution.steps for solution in tree.solutions)]
-    report["problems_not_judged"] = len(trees) - len(judged)
-    for name, reward in (("problems_all_correct", 1.0), ("problems_all_wrong", 0.0)):
-        report[name] = sum(all(solution.reward == reward for solution in tree.solutions) for tree in judged)
-    if not config.skip_uniform:
-        return judged
-    return [tree for tree in judged if len({solution.reward for solution in tree.solutions}) > 1]
+def _completion_request(row: Row, tree: StateTree, state: State, numbers: range, config: RolloutConfig) -> _Request:
+    prefix_ids = [*row["prompt_ids"], *(token for step in tree.states[state] for token in step)]
+    seeds = [sample_seed(config.seed, row["problem_id"], state, number) for number in numbers]
+    return _Request(problem_row(row), state, prefix_ids, seeds)
 
 
-def _states_of(solutions: list[_Rollout]) -> dict[State, list[tuple[int, ...]]]:
-    """Every state from which a step was taken, the bare prompt included, with the ids of the steps that lead there."""
-    return {
-        solution.steps[:depth]: solution.steps_ids[:depth]
-        for solution in solutions
-        for depth in range(len(solution.steps))
-    }
-
-
-def _to_rows(trees: list[_Tree], engine: Engine, config: RolloutConfig, report: Counter[str]) -> Rollouts:
-    lineage = {"generator": engine.name, "tokenizer_fingerprint": tokenizer_fingerprint(engine.tokenizer)}
-    solutions: list[dict[str, Any]] = []
-    states: list[dict[str, Any]] = []
-    for tree in trees:
-        counts = _count_outcomes(tree, config)
-        source: dict[str, Any] = {
-            name: tree.row[name] for name in ("prompt", "answer", "problem_id") if name in tree.row
-        }
-        source |= {"prompt_ids": tree.prompt_ids} | lineage
-        valued = [solution for solution in tree.kept if all(state in counts for state in _states_of([solution]))]
-        report["solutions_without_value"] += len(tree.kept) - len(valued)
-        solutions += [source | _solution_row(solution, counts) for solution in valued]
-        states += [source | _state_row(tree, state, counts, report) for state in tree.states]
-    with_siblings = [row for row in states if len(row["candidates"]) > 1]
-    report["states_with_one_candidate"] = len(states) - len(with_siblings)
-    report["pairs"] = sum(len(row["candidates"]) for row in with_siblings)
-    return Rollouts(Dataset.from_list(solutions), Dataset.from_list(with_siblings), dict(report))
-
-
-def _count_outcomes(tree: _Tree, config: RolloutConfig) -> dict[State, Counts]:
+def _harvest(
+    rows: list[Row], tree: StateTree, config: RolloutConfig, sampler: _Sampler, tables: dict[str, list[Row]]
+) -> None:
     """
-    Outcomes by state. The solutions themselves count for the prompt at most, because which of them were kept, and so
-    which further states there are, was decided by their outcomes; and not even there when problems are kept for having
-    both outcomes.
+    Rows of a problem of which everything was sampled.
+
+    The solutions themselves count for the prompt at most, because which of them were kept, and so which further states
+    there are, was decided by their outcomes; and not even there when problems are kept for having both outcomes.
     """
-    completions = [(state, rollout) for state, rollouts in tree.completions.items() for rollout in rollouts]
-    samples = [Sample(state, rollout.actions, rollout.reward) for state, rollout in completions]
-    if not config.skip_uniform:
-        samples += [Sample((), (), solution.reward) for solution in tree.solutions]
-    return prefix_counts(samples)
+    outcomes = [] if config.skip_uniform else [row["reward"] for row in rows if row["reward"] is not None]
+    solutions, states, left_out = tree.rows(outcomes)
+    source: Row = {name: rows[0][name] for name in ("prompt", "answer", "problem_id") if name in rows[0]}
+    source |= {"prompt_ids": list(rows[0]["prompt_ids"])} | sampler.lineage
+    tables["solutions"] += [source | row for row in solutions]
+    tables["states"] += [source | row for row in states]
+    sampler.counts.update(left_out)
+    sampler.counts.update(problems_kept=1, solutions_kept=len(tree.kept), states=len(tree.states))
 
 
-def _solution_row(solution: _Rollout, counts: dict[State, Counts]) -> dict[str, Any]:
-    # The end of a solution has one outcome, seen as often as completions ended there, and in the solution itself.
-    successes, rollouts = counts.get(solution.actions, Counts(0.0, 0))
-    end = Counts(successes + solution.reward, rollouts + 1)
-    observed = [*(counts[state] for state in _states_of([solution])), end]
+def _raw_row(rollout: Rollout, number: int) -> Row:
     return {
-        "completions": list(solution.steps),
-        "values": [count.value for count in observed],
-        "mc_successes": [count.successes for count in observed],
-        "mc_rollouts": [count.rollouts for count in observed],
-        "reward": solution.reward,
-        "truncated": solution.truncated,
-        "completions_ids": [list(ids) for ids in solution.steps_ids],
+        "completions": list(rollout.steps),
+        "completions_ids": [list(ids) for ids in rollout.steps_ids],
+        "reward": rollout.reward,
+        "truncated": rollout.truncated,
+        "sample": number,
     }
 
 
-def _state_row(tree: _Tree, state: State, counts: dict[State, Counts], report: Counter[str]) -> dict[str, Any]:
-    """Candidates are the first steps of the completions from this state; one that breaks off is no candidate."""
-    taken = [rollout for rollout in tree.completions[state] if rollout.steps]
-    whole = [rollout for rollout in taken if not (rollout.truncated and len(rollout.steps) == 1)]
-    report["candidates_cut_off"] += len(taken) - len(whole)
-    first = {rollout.actions[0]: rollout for rollout in reversed(whole)}  # of equal actions, the one sampled first
-    multiplicity = Counter(rollout.actions[0] for rollout in whole)
-    observed = [counts[(*state, action)] for action in multiplicity]
-    rollouts = [first[action] for action in multiplicity]
-    return {
-        "prefix": list(state),
-        "candidates": [rollout.steps[0] for rollout in rollouts],
-        "counts": list(multiplicity.values()),
-        "values": [count.value for count in observed],
-        "mc_successes": [count.successes for count in observed],
-        "mc_rollouts": [count.rollouts for count in observed],
-        "rewards": [rollout.reward if len(rollout.steps) == 1 else None for rollout in rollouts],
-        "prefix_ids": [list(ids) for ids in tree.states[state]],
-        "candidates_ids": [list(rollout.steps_ids[0]) for rollout in rollouts],
-    }
-
-
-def _flatten(steps_ids: Sequence[Sequence[int]]) -> list[int]:
-    return [token for step in steps_ids for token in step]
+def _count_outcomes(rows: list[Row], counts: Counter[str]) -> None:
+    for group in group_by_problem(rows):
+        rewards = {row["reward"] for row in group}
+        counts["problems_not_judged"] += rewards == {None}
+        counts["problems_all_correct"] += rewards - {None} == {1.0}
+        counts["problems_all_wrong"] += rewards - {None} == {0.0}

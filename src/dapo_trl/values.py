@@ -7,6 +7,9 @@ it: its text, or the tuple of its token ids.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -129,3 +132,149 @@ def prefix_counts(samples: Iterable[Sample]) -> dict[State, Counts]:
             total[0] += sample.reward
             total[1] += 1
     return {state: Counts(float(successes), int(rollouts)) for state, (successes, rollouts) in totals.items()}
+
+
+@dataclass(frozen=True)
+class StoppingRule:
+    """
+    When a state has enough completions: looked at after every `minimum` of them, it gets no more once the posterior
+    standard deviation of its value is `precision` or less, and never more than `maximum`.
+
+    The posterior is Beta(s + 1, f + 1) for s successes and f failures, from a uniform prior. With `minimum` equal to
+    `maximum` every state gets the same number.
+
+    Args:
+        minimum (`int`):
+            Completions at the first look, and between looks.
+        maximum (`int`):
+            Most completions.
+        precision (`float`):
+            Posterior standard deviation that is enough.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.values import StoppingRule
+
+    >>> rule = StoppingRule(minimum=4, maximum=16, precision=0.15)
+    >>> rule.looks
+    (4, 8, 12, 16)
+    >>> rule.stopping_time([1.0, 1.0, 1.0, 1.0]), rule.stopping_time([1.0, 0.0, 1.0, 0.0])
+    (4, None)
+
+    ```
+    """
+
+    minimum: int
+    maximum: int
+    precision: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.maximum:
+            raise ValueError(
+                f"The smallest number of completions must lie between 1 and the largest, {self.maximum}, got "
+                f"{self.minimum}."
+            )
+        if not 0 < self.precision < 1:
+            raise ValueError(f"`precision` must lie in (0, 1), got {self.precision}.")
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Numbers of completions after which a state may have enough."""
+        return (*range(self.minimum, self.maximum, self.minimum), self.maximum)
+
+    def is_enough(self, successes: int, rollouts: int) -> bool:
+        """Whether a state stops at a look with these outcomes."""
+        if rollouts >= self.maximum:
+            return True
+        a, b = successes + 1, rollouts - successes + 1
+        return sqrt(a * b / ((a + b) ** 2 * (a + b + 1))) <= self.precision
+
+    def stopping_time(self, rewards: Sequence[float]) -> int | None:
+        """
+        Number of completions at which a state stops.
+
+        Args:
+            rewards (sequence of `float`):
+                Outcomes in the order in which they were drawn.
+
+        Returns:
+            `int` or `None`: `None` if it needs more than there are.
+
+        Raises:
+            ValueError: if an outcome is neither 0 nor 1, unless every state gets the same number.
+        """
+        if self.minimum == self.maximum:
+            return self.maximum if len(rewards) >= self.maximum else None
+        if any(reward not in (0.0, 1.0) for reward in rewards):
+            raise ValueError(
+                "Outcomes between 0 and 1 have no stopping rule here. Leave `min_completions` out, or use a verifier "
+                "that says 0 or 1."
+            )
+        looks = (look for look in self.looks if look <= len(rewards))
+        return next((look for look in looks if self.is_enough(int(sum(rewards[:look])), look)), None)
+
+
+def sequential_value(successes: float, rollouts: int, rule: StoppingRule) -> float:
+    r"""
+    Unbiased value of a state that stopped by a rule.
+
+    The mean outcome is biased, since it decided when to stop: a state of value 0.1 that stops after four failures is
+    taken for 0. The first outcome alone is unbiased; its expectation given where the state stopped has least variance
+    (Girshick, Mosteller and Savage 1946): of the ways to come to s successes in n completions without stopping before,
+    the share that begin with a success.
+
+    Args:
+        successes (`float`):
+            s, successes when it stopped.
+        rollouts (`int`):
+            n, completions when it stopped, or when they came to an end for a reason that has nothing to do with their
+            outcomes.
+        rule ([`StoppingRule`]):
+            The rule.
+
+    Returns:
+        `float` in [0, 1]; s / n if every state gets the same number.
+
+    Raises:
+        ValueError: if a state would have stopped earlier.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.values import StoppingRule, sequential_value
+
+    >>> rule = StoppingRule(minimum=4, maximum=8, precision=0.15)  # four equal outcomes are enough
+    >>> sequential_value(0, 4, rule), sequential_value(4, 8, rule)
+    (0.0, 0.5)
+    >>> sequential_value(1, 8, rule)  # its one success was among the first four, 1/8 would be too little
+    0.25
+
+    ```
+    """
+    if rule.minimum == rule.maximum:
+        return successes / rollouts
+    ways, ways_after_success = _count_ways(rule)
+    place = (int(successes), rollouts)
+    if not ways.get(place):
+        raise ValueError(f"{successes:g} successes in {rollouts} completions cannot be: the state stops earlier.")
+    return ways_after_success.get(place, 0) / ways[place]
+
+
+@lru_cache(maxsize=16)
+def _count_ways(rule: StoppingRule) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:
+    """By (successes, rollouts): orders of outcomes that lead there without stopping before; those that begin with 1."""
+    ways, ways_after_success = {(0, 1): 1, (1, 1): 1}, {(1, 1): 1}
+    looks = set(rule.looks)
+    for table in (ways, ways_after_success):
+        for n in range(1, rule.maximum):
+            for s in range(n + 1):
+                number = table.get((s, n), 0)
+                if number and not (n in looks and rule.is_enough(s, n)):
+                    for outcome in (0, 1):
+                        place = (s + outcome, n + 1)
+                        table[place] = table.get(place, 0) + number
+    return ways, ways_after_success

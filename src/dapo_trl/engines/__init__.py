@@ -2,8 +2,10 @@
 Sampling back ends behind one protocol: token ids in, token ids out.
 """
 
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -63,31 +65,85 @@ class Completion:
     finish_reason: str
 
 
+OnCompletion = Callable[[Completion], None]
+
+
 class Engine(Protocol):
-    """What a sampling back end offers: n completions of each prefix of token ids, the same for the same seed."""
+    """
+    What a sampling back end offers: completions of prefixes of token ids, each drawn with a seed of its own.
+
+    Attributes:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        name (`str`):
+            Name of the model, published with the rows.
+        num_calls (`int`):
+            Calls of `generate` that may run at a time, in threads: 1 for a model in this process.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     name: str
+    num_calls: int
 
     def generate(
-        self, prefixes: list[list[int]], n: int, sampling: SamplingConfig, seed: int, desc: str = "Sampling"
+        self,
+        prefixes: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        on_completion: OnCompletion | None = None,
     ) -> list[list[Completion]]:
         """
         Sample completions.
 
         Args:
-            prefixes (`list[list[int]]`):
+            prefixes (sequence of sequences of `int`, length N):
                 Token ids to continue.
-            n (`int`):
-                Completions per prefix.
+            seeds (sequence of sequences of `int`, length N):
+                Seeds of the completions of each prefix, see [`sample_seed`]; as many as there shall be completions.
+                The same call gives the same completions.
             sampling ([`SamplingConfig`]):
                 How to sample.
-            seed (`int`):
-                Seed: the same call gives the same completions.
-            desc (`str`, *optional*):
-                Label of the progress bar.
+            on_completion (`Callable[[Completion], None]`, *optional*):
+                Called with every completion as it is done, in any order; for progress bars.
 
         Returns:
-            `list[list[Completion]]`: n completions for each prefix, in the order of `prefixes`.
+            `list[list[Completion]]`: the completions of each prefix, in the order of `seeds`.
         """
         ...
+
+    def describe(self) -> dict[str, Any]:
+        """
+        What decides which completions come out, as JSON values: kind of engine, model and its fingerprint.
+
+        Rows are not added to those that an engine with another description made.
+        """
+        ...
+
+    def take_counts(self) -> dict[str, int]:
+        """What is worth knowing about the completions since the last call, by name; such as `"retries"`."""
+        ...
+
+
+def sample_seed(*parts: Hashable) -> int:
+    """
+    Seed of one sample, derived from whatever identifies it, so that it depends on nothing else.
+
+    Args:
+        *parts:
+            Such as the seed of the run, the problem, the state and the number of the sample. Only their `repr` counts.
+
+    Returns:
+        `int` in [0, 2^63).
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.engines import sample_seed
+
+    >>> sample_seed(0, "problem 7", ("4 - 7 = 3",), 0) == sample_seed(0, "problem 7", ("4 - 7 = 3",), 1)
+    False
+
+    ```
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,22 +1,25 @@
 """
-Sampling in process with `model.generate`.
+Sampling in process: one loop over tokens for a whole batch, with a seed for each completion.
 """
 
 import contextlib
-import hashlib
+import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from dapo_trl.engines import Completion, SamplingConfig
+from dapo_trl.engines import Completion, OnCompletion, SamplingConfig
+from dapo_trl.engines._decoding import Draw, Picker, Sequences, batches, check_tokens, reads_common_inputs
+from dapo_trl.ref_logps import model_fingerprint
+from dapo_trl.tokenization import tokenizer_fingerprint
 
 
-# Settings that change the distribution, at the values where they do not.
+# Settings of `generate` that change the distribution, at the values where they do not.
 _NEUTRAL = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -27,12 +30,28 @@ _NEUTRAL = {
     "min_new_tokens": 0,
     "min_length": 0,
     "num_beams": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
 }
+
+# The cache is copied to leave finished sequences out, which pays once this share of them has finished.
+_COMPACT_SHARE = 0.25
 
 
 class TransformersEngine:
     """
     Samples with a transformers model in this process, in length-sorted batches.
+
+    Completions of one prefix share its forward pass, and finished ones leave their batch. A completion depends on the
+    model, its prefix, its seed and the [`~dapo_trl.engines.SamplingConfig`]; the model's own generation settings, such
+    as a repetition penalty, do not apply, because values belong to the policy itself. What else is in the batch changes
+    the last bits of the logits only. That changes a token when a draw falls within these bits of the border between
+    two tokens: rare in float32, less so in bfloat16. The same call gives the same completions on the same machine,
+    which is why the library samples in work units of fixed composition.
+
+    A few architectures (Mamba, Bloom, Phi-3, ...) need inputs or caches of their own. They run through
+    `model.generate`, more slowly, with the same draws.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -55,12 +74,14 @@ class TransformersEngine:
     >>> path = "examples/student"
     >>> engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path))
     >>> prefixes = [engine.tokenizer("4 - 7 + 8 max 2 min 9 - 1\\n").input_ids]
-    >>> samples = engine.generate(prefixes, n=2, sampling=SamplingConfig(max_new_tokens=64), seed=0)
+    >>> samples = engine.generate(prefixes, seeds=[[0, 1]], sampling=SamplingConfig(max_new_tokens=64))
     >>> len(samples[0]), samples[0][0].finish_reason
     (2, 'stop')
 
     ```
     """
+
+    num_calls = 1
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> None:
         if tokenizer.eos_token_id is None:
@@ -80,74 +101,122 @@ class TransformersEngine:
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def generate(
-        self, prefixes: list[list[int]], n: int, sampling: SamplingConfig, seed: int, desc: str = "Sampling"
+        self,
+        prefixes: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        on_completion: OnCompletion | None = None,
     ) -> list[list[Completion]]:
         """
-        Sample `n` completions of each prefix; see [`~dapo_trl.engines.Engine.generate`].
+        Sample one completion per seed; see [`~dapo_trl.engines.Engine.generate`].
 
         Raises:
-            ValueError: if `n` is below 1, or a prefix is empty or leaves no room in the model's context.
+            ValueError: if `seeds` has another length than `prefixes`, a prefix is empty or leaves no room in the
+                model's context, or the model's predictions are not numbers.
         """
-        if n < 1:
-            raise ValueError(f"`n` must be at least 1, got {n}.")
-        self._check_prefixes(prefixes)
-        requests = sorted(
-            (index for index in range(len(prefixes)) for _ in range(n)), key=lambda index: len(prefixes[index])
-        )
-        completions: list[list[Completion]] = [[] for _ in prefixes]
-        with _inference(self.model), tqdm(total=len(requests), desc=desc, unit="sample") as progress:
-            for start in range(0, len(requests), self.batch_size):
-                batch = requests[start : start + self.batch_size]
-                torch.manual_seed(_derive_seed(seed, start))
-                for index, ids in zip(batch, self._generate_batch([prefixes[i] for i in batch], sampling), strict=True):
-                    completions[index].append(self._completion(ids))
-                progress.update(len(batch))
+        self._check(prefixes, seeds)
+        completions: list[list[Any]] = [[None] * len(group) for group in seeds]
+        sample_batch = self._decode if reads_common_inputs(self.model) else self._delegate
+        with _inference(self.model):
+            for batch in batches(self._draws(prefixes, seeds, sampling), self.batch_size):
+                for draw, ids in sample_batch(batch, sampling):
+                    completion = self._completion(ids)
+                    completions[draw.index][draw.number] = completion
+                    if on_completion is not None:
+                        on_completion(completion)
         return completions
 
-    def _generate_batch(self, prefixes: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
-        longest = max(map(len, prefixes))
-        input_ids = [[self.pad_token_id] * (longest - len(ids)) + ids for ids in prefixes]
-        attention_mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prefixes]
-        output = self.model.generate(
-            input_ids=torch.tensor(input_ids, device=self.model.device),
-            attention_mask=torch.tensor(attention_mask, device=self.model.device),
-            generation_config=self._generation_config(sampling, room=self._context - longest),
-        )
-        return output[:, longest:].tolist()
+    def describe(self) -> dict[str, Any]:
+        """Kind of engine, fingerprints of model and tokenizer, and precision; see [`Engine`]."""
+        return {
+            "engine": "transformers",
+            "model": model_fingerprint(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        }
 
-    def _generation_config(self, sampling: SamplingConfig, room: int) -> GenerationConfig:
-        # `generate` fills whatever is unset from the model's own generation defaults (Qwen declares a repetition
-        # penalty, a top_k, ...). Values belong to the policy itself, so these are neutralised; only what is declared,
-        # because an explicit neutral setting still costs time in every step.
-        declared = self.model.generation_config
-        neutral = {name: value for name, value in _NEUTRAL.items() if getattr(declared, name, None) is not None}
-        warpers = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # greedy: not used, and what raises no warning
-        if sampling.temperature > 0:
-            warpers = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        return GenerationConfig(
-            do_sample=sampling.temperature > 0,
-            max_new_tokens=min(sampling.max_new_tokens, room),
-            eos_token_id=self.eos_token_ids,
-            pad_token_id=self.pad_token_id,
-            bos_token_id=self.model.config.get_text_config().bos_token_id,
-            **{**neutral, **warpers},
-        )
+    def take_counts(self) -> dict[str, int]:
+        """Nothing happens in this engine that its completions do not tell."""
+        return {}
 
-    def _completion(self, ids: list[int]) -> Completion:
-        ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
-        ids = ids[: ends[0] + 1] if ends else ids
-        text: Any = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Completion(tuple(ids), text, "stop" if ends else "length")
-
-    def _check_prefixes(self, prefixes: list[list[int]]) -> None:
+    def _check(self, prefixes: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> None:
+        if len(seeds) != len(prefixes):
+            raise ValueError(f"`seeds` needs one entry per prefix, got {len(seeds)} for {len(prefixes)} prefixes.")
         for index, ids in enumerate(prefixes):
-            if not ids:
+            if not len(ids):
                 raise ValueError(f"Prefix {index} is empty: there is nothing to continue.")
             if len(ids) >= self._context:
                 raise ValueError(
                     f"Prefix {index} has {len(ids)} tokens and leaves no room in the model's context of "
                     f"{self._context}. Leave the problem out, or use a model with a longer context."
                 )
+
+    def _draws(
+        self, prefixes: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingConfig
+    ) -> Iterator[Draw]:
+        for index, (prefix, group) in enumerate(zip(prefixes, seeds, strict=True)):
+            limit = min(sampling.max_new_tokens, self._context - len(prefix))
+            for number, seed in enumerate(group):
+                yield Draw(index, number, tuple(prefix), seed, limit)
+
+    def _decode(self, batch: list[Draw], sampling: SamplingConfig) -> Iterator[tuple[Draw, list[int]]]:
+        """Draws and their tokens, each as soon as it has ended."""
+        limits = np.array([draw.limit for draw in batch])
+        tokens = np.zeros((len(batch), max(limits)), dtype=np.int64)
+        sequences = Sequences(self.model, batch, self.pad_token_id, self._context)
+        picker = Picker(batch, sampling, sequences.logits.device)
+        rows = np.arange(len(batch))  # row of the cache -> number in the batch
+        running = np.ones(len(batch), dtype=bool)  # by row of the cache
+        for step in range(max(limits)):
+            picked = picker.pick(sequences.logits, step)
+            chosen = picked.cpu().numpy()  # the only wait for the device
+            check_tokens(chosen, sequences.logits.shape[-1])
+            tokens[rows, step] = chosen
+            ending = running & (np.isin(chosen, self.eos_token_ids) | (limits[rows] == step + 1))
+            for row in rows[ending]:
+                yield batch[row], tokens[row, : step + 1].tolist()
+            running &= ~ending
+            if not running.any():
+                return
+            if np.mean(running) <= 1 - _COMPACT_SHARE:
+                kept = torch.from_numpy(np.flatnonzero(running)).to(picked.device)
+                sequences.keep(kept)
+                picker.keep(kept)
+                picked, rows, running = picked[kept], rows[running], running[running]
+            sequences.append(picked)
+
+    def _delegate(self, batch: list[Draw], sampling: SamplingConfig) -> Iterator[tuple[Draw, list[int]]]:
+        """The same with `model.generate`, which knows what any model needs; by length, as not all models can pad."""
+        for length, group in itertools.groupby(batch, key=lambda draw: len(draw.prefix)):
+            draws = list(group)
+            input_ids = torch.tensor([draw.prefix for draw in draws], device=self.model.device)
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                logits_processor=LogitsProcessorList([Picker(draws, sampling, self.model.device, start=length)]),
+                generation_config=self._generation_config(draws[0].limit),
+            )
+            for draw, ids in zip(draws, output[:, length:].tolist(), strict=True):
+                ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
+                yield draw, ids[: ends[0] + 1] if ends else ids
+
+    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        # `generate` fills whatever is unset from the model's own generation defaults (Qwen declares a repetition
+        # penalty, a top_k, ...); only what is declared is neutralised, because an explicit neutral setting costs time.
+        declared = self.model.generation_config
+        neutral = {name: value for name, value in _NEUTRAL.items() if getattr(declared, name, None) is not None}
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.eos_token_ids,
+            pad_token_id=self.pad_token_id,
+            bos_token_id=self.model.config.get_text_config().bos_token_id,
+            **neutral,
+        )
+
+    def _completion(self, ids: list[int]) -> Completion:
+        text: Any = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Completion(tuple(ids), text, "stop" if ids[-1] in self.eos_token_ids else "length")
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -157,19 +226,14 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted({tokenizer.eos_token_id, *declared})
 
 
-def _derive_seed(seed: int, start: int) -> int:
-    digest = hashlib.sha256(f"{seed}:{start}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 @contextlib.contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; leaves the caller's random state and training mode as they were."""
-    was_training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
+    """Evaluation mode without gradients; leaves each module in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True

@@ -1,0 +1,127 @@
+"""
+Sampling in process with vLLM.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dapo_trl.engines import Completion, OnCompletion, SamplingConfig
+from dapo_trl.tokenization import tokenizer_fingerprint
+
+
+class VLLMEngine:
+    """
+    Samples with a vLLM model in this process; prefixes are computed once, however many completions they get.
+
+    Written for vLLM's documented interface and tested against a stand-in for it, not in every release of vLLM. Where
+    vLLM runs as a server, use [`~dapo_trl.engines.openai.OpenAIEngine`].
+
+    Args:
+        model (`str`):
+            Name or path of the model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its tokenizer. By default the one that comes with the model. Needs an `eos_token`.
+        **engine_kwargs:
+            Arguments of `vllm.LLM`, such as `tensor_parallel_size`, `gpu_memory_utilization` or `max_model_len`.
+
+    Raises:
+        ImportError: if vLLM is missing.
+        ValueError: if the tokenizer has no end-of-sequence token.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.engines import SamplingConfig, sample_seed
+    >>> from dapo_trl.engines.vllm import VLLMEngine
+
+    >>> engine = VLLMEngine("Qwen/Qwen2.5-Math-1.5B-Instruct", max_model_len=4096)  # doctest: +SKIP
+    >>> prefixes = [engine.tokenizer("1 + 1 =").input_ids]  # doctest: +SKIP
+    >>> samples = engine.generate(prefixes, [[sample_seed(0, 0)]], SamplingConfig())  # doctest: +SKIP
+
+    ```
+    """
+
+    num_calls = 1
+
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase | None = None, **engine_kwargs: Any) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise ImportError("`VLLMEngine` needs vLLM: pip install dapo-trl[vllm]") from error
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The tokenizer has no `eos_token`, so it cannot be told where a completion ends. Set "
+                "`tokenizer.eos_token` to the token that your model ends its answers with."
+            )
+        self.name = os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model  # rows get published
+        self.llm = vllm.LLM(model=model, **{"enable_prefix_caching": True, **engine_kwargs})
+
+    def generate(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        on_completion: OnCompletion | None = None,
+    ) -> list[list[Completion]]:
+        """
+        Sample completions; see [`~dapo_trl.engines.Engine.generate`]. `on_completion` is called when all are done.
+
+        Raises:
+            ValueError: if a prefix is empty, or `seeds` has another length than `prefixes`.
+            RuntimeError: if vLLM ends a completion in a way that is neither an end nor a cut.
+        """
+        if len(prefixes) != len(seeds):
+            raise ValueError(f"`seeds` has {len(seeds)} entries for {len(prefixes)} prefixes.")
+        for index, ids in enumerate(prefixes):
+            if not ids:
+                raise ValueError(f"Prefix {index} is empty: there is nothing to continue.")
+        prompts = [{"prompt_token_ids": list(ids)} for ids, group in zip(prefixes, seeds, strict=True) for _ in group]
+        if not prompts:
+            return [[] for _ in prefixes]
+        settings = [_sampling_params(sampling, seed) for group in seeds for seed in group]
+        requests = iter(self.llm.generate(prompts, settings, use_tqdm=False))
+        completions = [[self._completion(next(requests).outputs[0]) for _ in group] for group in seeds]
+        for completion in (completion for group in completions for completion in group):
+            if on_completion is not None:
+                on_completion(completion)
+        return completions
+
+    def describe(self) -> dict[str, Any]:
+        """Kind of engine, name of the model and fingerprint of the tokenizer; see [`~dapo_trl.engines.Engine`]."""
+        return {"engine": "vllm", "model": self.name, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+
+    def take_counts(self) -> dict[str, int]:
+        """Nothing to report: ids go in and come out, and nothing is repeated."""
+        return {}
+
+    def _completion(self, output: Any) -> Completion:
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(
+                f"vLLM ended a completion with the reason {output.finish_reason!r} instead of 'stop' or 'length'. "
+                "Its log may say more; start again."
+            )
+        ids = list(output.token_ids)
+        # vLLM names the token that ended the completion if it is another one than the tokenizer's.
+        ends = (self.tokenizer.eos_token_id, output.stop_reason)
+        if output.finish_reason == "stop" and (not ids or ids[-1] not in ends):
+            ids.append(self.tokenizer.eos_token_id)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Completion(tuple(ids), text, output.finish_reason)
+
+
+def _sampling_params(sampling: SamplingConfig, seed: int) -> Any:
+    import vllm
+
+    return vllm.SamplingParams(
+        n=1,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k or -1,
+        max_tokens=sampling.max_new_tokens,
+        seed=seed,
+        detokenize=False,
+    )

@@ -1,0 +1,287 @@
+"""
+The two sampling stages over a whole data set: on disk, in shards, over several processes, resumable.
+
+    problems -> sample_stage -> solutions -> value_stage -> solution rows and state rows with values
+
+A shard holds the problems of a fixed stretch of the data set, and every sample has a seed of its own, so that the rows
+do not depend on interruptions or on the number of processes. Process r of w works on the shards whose number is r
+modulo w; nobody computes a shard that is there.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+
+from dapo_trl.engines import Engine, OnCompletion
+from dapo_trl.progress import ShardBar
+from dapo_trl.rollouts import (
+    RewardFunction,
+    RolloutConfig,
+    group_by_problem,
+    has_signal,
+    sample_solutions,
+    value_solutions,
+)
+from dapo_trl.store import Shard, ShardStore
+from dapo_trl.tables import problem_features, table_features, with_problem_ids
+
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE_SETTINGS = ("num_solutions", "sampling", "separator", "seed")
+_POLL_SECONDS = 0.5
+
+
+def sample_stage(
+    problems: Dataset,
+    engine: Engine,
+    reward_function: RewardFunction,
+    config: RolloutConfig,
+    folder: str | Path,
+    shard_size: int = 64,
+    num_problems: int | None = None,
+) -> ShardStore:
+    """
+    Sample and judge solutions of all problems.
+
+    Args:
+        problems ([`~datasets.Dataset`]):
+            Rows with `prompt` and the columns that the reward function takes.
+        engine ([`~dapo_trl.engines.Engine`]):
+            Sampling back end of the reference policy.
+        reward_function (`Callable`):
+            TRL reward function, see [`~dapo_trl.rollouts.collect_rollouts`].
+        config ([`~dapo_trl.rollouts.RolloutConfig`]):
+            Numbers of samples and how to draw them.
+        folder (`str` or `Path`):
+            Where the shards go. A run that was killed goes on there.
+        shard_size (`int`, *optional*, defaults to `64`):
+            Problems of a shard: what a kill can cost, and the largest batch.
+        num_problems (`int`, *optional*):
+            Stop when this many problems have solutions with different outcomes (dynamic sampling, arXiv 2503.14476);
+            the others are counted. `None` samples all problems.
+
+    Returns:
+        [`~dapo_trl.store.ShardStore`]: the finished stage, with a table `sampled`: every solution, see
+        [`~dapo_trl.tables.table_features`].
+
+    Raises:
+        ValueError: if a problem or a setting is bad, or `folder` holds results of other settings.
+    """
+    problems = with_problem_ids(problems)
+    settings = {
+        "stage": "sample",
+        "problems": rows_fingerprint(problems),
+        "engine": engine.describe(),
+        "reward_function": f"{reward_function.__module__}.{reward_function.__qualname__}",
+        "rollouts": {name: value for name, value in asdict(config).items() if name in _SAMPLE_SETTINGS},
+        "shard_size": shard_size,
+        "num_problems": num_problems,
+    }
+    features = {"sampled": table_features(problems.features)["sampled"]}
+    store = ShardStore(folder, settings, features, -(-len(problems) // shard_size))
+
+    def work(index: int, on_completion: OnCompletion) -> Shard:
+        part = problems.select(range(index * shard_size, min((index + 1) * shard_size, len(problems))))
+        rows, counts = sample_solutions(list(part), engine, reward_function, config, on_completion)
+        counts["problems_with_signal"] = sum(map(has_signal, group_by_problem(rows)))
+        return Shard({"sampled": rows}, counts)
+
+    def size(index: int) -> int:
+        return min(shard_size, len(problems) - index * shard_size)
+
+    run_shards(store, work, "Solutions", engine, size, num_problems)
+    manifest = store.finish(_num_needed(store, num_problems))
+    found = manifest["counts"]["problems_with_signal"]
+    if num_problems is not None and found < num_problems:
+        logger.warning(
+            f"Only {found} of {len(problems)} problems have solutions with different outcomes; {num_problems} were "
+            "asked for. Give more problems, or more solutions a problem."
+        )
+    return store
+
+
+def value_stage(
+    sampled: ShardStore,
+    engine: Engine,
+    reward_function: RewardFunction,
+    config: RolloutConfig,
+    folder: str | Path,
+) -> ShardStore:
+    """
+    Keep some solutions of each problem, sample completions from all their states, and give every state its value.
+
+    Args:
+        sampled ([`~dapo_trl.store.ShardStore`]):
+            What [`sample_stage`] gave.
+        engine ([`~dapo_trl.engines.Engine`]):
+            Sampling back end of the reference policy.
+        reward_function (`Callable`):
+            TRL reward function, see [`~dapo_trl.rollouts.collect_rollouts`].
+        config ([`~dapo_trl.rollouts.RolloutConfig`]):
+            Numbers of samples and how to draw them.
+        folder (`str` or `Path`):
+            Where the shards go. A run that was killed goes on there.
+
+    Returns:
+        [`~dapo_trl.store.ShardStore`]: the finished stage, with tables `solutions` and `states`, as of
+        [`~dapo_trl.rollouts.Rollouts`].
+
+    Raises:
+        ValueError: if a setting is bad, or `folder` holds results of other settings.
+    """
+    manifest = sampled.manifest
+    num_problems = manifest["config"]["num_problems"]
+    num_shards = manifest["num_shards_used"]
+    settings = {
+        "stage": "values",
+        "sampled": manifest["fingerprint"],
+        "engine": engine.describe(),
+        "reward_function": f"{reward_function.__module__}.{reward_function.__qualname__}",
+        "rollouts": asdict(config),
+    }
+    features = table_features(problem_features(sampled.features["sampled"]))
+    store = ShardStore(folder, settings, {name: features[name] for name in ("solutions", "states")}, num_shards)
+    num_before = [0]
+    for index in range(num_shards):
+        num_before.append(num_before[-1] + sampled.summary(index)["counts"]["problems_with_signal"])
+
+    def work(index: int, on_completion: OnCompletion) -> Shard:
+        rows = sampled.rows(index, "sampled")
+        if num_problems is not None:  # what was drawn beyond the number that was asked for
+            rows = _first_with_signal(rows, num_problems - num_before[index])
+        tables, counts = value_solutions(rows, engine, reward_function, config, on_completion)
+        return Shard(tables, counts)
+
+    def size(index: int) -> int:
+        return sampled.summary(index)["counts"]["problems_with_signal" if config.skip_uniform else "problems"]
+
+    run_shards(store, work, "Completions", engine, size)
+    store.finish()
+    return store
+
+
+def run_shards(
+    store: ShardStore,
+    work: Callable[[int, OnCompletion], Shard],
+    desc: str,
+    engine: Engine,
+    size: Callable[[int], int],
+    num_problems: int | None = None,
+) -> None:
+    """
+    Compute the missing shards of a stage, this process its share, and wait for the others.
+
+    Args:
+        store ([`~dapo_trl.store.ShardStore`]):
+            Where the shards go.
+        work (`Callable[[int, OnCompletion], Shard]`):
+            Computes the shard of a number.
+        desc (`str`):
+            Label of the progress bar.
+        engine ([`~dapo_trl.engines.Engine`]):
+            Sampling back end; says how many calls it takes at a time.
+        size (`Callable[[int], int]`):
+            Problems of the shard of a number, for the progress bar.
+        num_problems (`int`, *optional*):
+            Problems with signal after which no more shards are needed. `None` for all shards.
+    """
+    state = PartialState()
+    own = [index for index in range(store.num_shards) if index % state.num_processes == state.process_index]
+    missing = set(store.missing())
+    todo = iter([index for index in own if index in missing])
+
+    def compute(index: int) -> int:
+        start = time.perf_counter()
+        shard = work(index, bar.add)
+        store.write(index, Shard(shard.tables, shard.counts, time.perf_counter() - start))
+        return index
+
+    def is_needed(index: int) -> bool:
+        if num_problems is not None:  # do not run ahead of the shards that say how many are needed
+            _wait_for(lambda: min(store.missing(), default=index) > index - state.num_processes * engine.num_calls)
+        return index < _num_needed(store, num_problems)
+
+    with ShardBar(desc, sum(map(size, own)), sum(size(index) for index in own if index not in missing)) as bar:
+        for index in _in_flight(compute, takewhile(is_needed, todo), engine.num_calls):
+            bar.finish(size(index))
+    _wait_for(lambda: min(store.missing(), default=store.num_shards) >= _num_needed(store, num_problems))
+
+
+def _in_flight(compute: Callable[[int], int], todo: Iterator[int], num_calls: int) -> Iterator[int]:
+    """Numbers of shards as they are done, several at a time if the engine takes that."""
+    if num_calls == 1:
+        yield from map(compute, todo)
+        return
+    running: set[Future[int]] = set()
+    with ThreadPoolExecutor(num_calls) as pool:
+        try:
+            while True:
+                for index in islice(todo, num_calls - len(running)):
+                    running.add(pool.submit(compute, index))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    """Until the other processes have done their share; a barrier would time out after minutes."""
+    while not condition():
+        time.sleep(_POLL_SECONDS)
+
+
+def _num_needed(store: ShardStore, num_problems: int | None) -> int:
+    """
+    Shards, from the first, that hold so many problems with signal; all of them as long as nobody knows.
+    """
+    if num_problems is None:
+        return store.num_shards
+    found = 0
+    for index in range(min(store.missing(), default=store.num_shards)):
+        found += store.summary(index)["counts"]["problems_with_signal"]
+        if found >= num_problems:
+            return index + 1
+    return store.num_shards
+
+
+def _first_with_signal(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    for group in group_by_problem(rows):
+        if has_signal(group):
+            if number == 0:
+                return kept
+            number -= 1
+        kept += group
+    return kept
+
+
+def rows_fingerprint(rows: Dataset) -> str:
+    """
+    Short hash of what rows hold.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Rows.
+
+    Returns:
+        `str`: 16 hexadecimal digits of a SHA-256.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]

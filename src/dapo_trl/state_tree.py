@@ -1,0 +1,224 @@
+"""
+Everything sampled from the states of one problem, and the rows that are made of it.
+
+A state is the tuple of steps taken so far, as text. The states of a problem are those of the solutions that are kept of
+it; they form a tree, whose root is the bare prompt.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dapo_trl.values import Counts, Sample, State, StoppingRule, prefix_counts, sequential_value
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    A completion, judged and cut into steps.
+
+    Attributes:
+        steps (`tuple[str, ...]`):
+            Text of its steps, none if it ended at once.
+        steps_ids (`tuple[tuple[int, ...], ...]`):
+            Their token ids.
+        reward (`float` or `None`):
+            Outcome in [0, 1], `None` if it cannot be judged.
+        truncated (`bool`):
+            Whether it broke off at the length limit.
+    """
+
+    steps: tuple[str, ...]
+    steps_ids: tuple[tuple[int, ...], ...]
+    reward: float | None
+    truncated: bool
+
+    @property
+    def actions(self) -> State:
+        """
+        What tells the steps apart: their text, and for the last one that it ended the solution, or broke off.
+
+        The same words followed by an end, by another step or by nothing are different actions.
+        """
+        return (*self.steps[:-1], (self.steps[-1], "cut off" if self.truncated else "end")) if self.steps else ()
+
+    @property
+    def states(self) -> dict[State, tuple[tuple[int, ...], ...]]:
+        """Every state from which a step was taken, the start included, with the ids of the steps that lead there."""
+        return {self.steps[:depth]: self.steps_ids[:depth] for depth in range(len(self.steps))}
+
+
+class Passage(NamedTuple):
+    """
+    A completion that starts from a state or passes through it.
+
+    Attributes:
+        rollout ([`Rollout`]):
+            The completion.
+        depth (`int`):
+            Steps that it had taken when it came there; 0 if it starts there.
+    """
+
+    rollout: Rollout
+    depth: int
+
+
+class StateTree:
+    """
+    The states of one problem.
+
+    Completions of a state that pass through later ones count there too, from the prompt on: a state draws completions
+    of its own only when the state before it has all of its.
+
+    Args:
+        kept (sequence of [`Rollout`]):
+            Solutions whose states shall be valued.
+        rule ([`~dapo_trl.values.StoppingRule`]):
+            When a state has enough completions.
+        reuse (`bool`, *optional*, defaults to `True`):
+            Whether completions that pass through a state count towards its number.
+    """
+
+    def __init__(self, kept: Sequence[Rollout], rule: StoppingRule, reuse: bool = True) -> None:
+        self.kept = kept
+        self.rule = rule
+        self.reuse = reuse
+        states = {state: ids for solution in kept for state, ids in solution.states.items()}
+        self.states = dict(sorted(states.items(), key=lambda item: len(item[0])))  # parents first
+        self._passages: dict[State, list[Passage]] = {state: [] for state in self.states}
+        self._num_own: Counter[State] = Counter()
+
+    # ---- Sampling ----
+
+    def wanted(self) -> list[tuple[State, range]]:
+        """
+        What to draw next.
+
+        Returns:
+            `list[tuple[State, range]]`: states that can go on, each with the numbers of the completions that it needs
+            up to its next look. Empty when all have enough.
+        """
+        requests = []
+        settled: set[State] = set()
+        for state in self.states:
+            if self.reuse and state and state[:-1] not in settled:
+                continue
+            missing = self._num_missing(state)
+            if missing:
+                first = self._num_own[state]
+                requests.append((state, range(first, first + missing)))
+            else:
+                settled.add(state)
+        return requests
+
+    def add(self, state: State, rollout: Rollout) -> None:
+        """
+        Note a completion, where it starts and at the states on its way.
+
+        Args:
+            state (`tuple`):
+                Where it starts.
+            rollout ([`Rollout`]):
+                The completion. One that cannot be judged has been drawn, but says nothing.
+        """
+        self._num_own[state] += 1
+        self._passages[state].append(Passage(rollout, 0))
+        for depth in range(1, len(rollout.steps) if self.reuse else 1):
+            passages = self._passages.get(state + rollout.actions[:depth])
+            if passages is None:
+                return
+            passages.append(Passage(rollout, depth))
+
+    def _num_missing(self, state: State) -> int:
+        rewards = self._rewards(state)
+        if self.rule.stopping_time(rewards) is not None:
+            return 0
+        next_look = next(look for look in self.rule.looks if look > len(rewards))
+        return min(next_look - len(rewards), max(self.rule.maximum - len(self._passages[state]), 0))
+
+    def _judged(self, state: State) -> list[Passage]:
+        return [passage for passage in self._passages[state] if passage.rollout.reward is not None]
+
+    def _rewards(self, state: State) -> list[float]:
+        return [reward for passage in self._passages[state] if (reward := passage.rollout.reward) is not None]
+
+    # ---- Rows ----
+
+    def rows(self, prompt_outcomes: Sequence[float] = ()) -> tuple[list[dict], list[dict], Counter[str]]:
+        """
+        Solution rows and state rows.
+
+        Args:
+            prompt_outcomes (sequence of `float`, *optional*):
+                More outcomes of the bare prompt, drawn freely and not chosen by what they are.
+
+        Returns:
+            `tuple[list[dict], list[dict], Counter]`: solution rows with values, state rows with at least two
+            candidates, and counts of what was left out.
+        """
+        left_out: Counter[str] = Counter()
+        counts = self._count_outcomes(prompt_outcomes)
+        values = {state: self._value(state, counts[state]) for state in self.states if state in counts}
+        valued = [solution for solution in self.kept if solution.states.keys() <= values.keys()]
+        left_out["solutions_without_value"] = len(self.kept) - len(valued)
+        solutions = [_solution_row(solution, counts, values) for solution in valued]
+        states = [self._state_row(state, counts, values, left_out) for state in self.states]
+        with_siblings = [row for row in states if len(row["candidates"]) > 1]
+        left_out["states_with_one_candidate"] = len(states) - len(with_siblings)
+        return solutions, with_siblings, left_out
+
+    def _count_outcomes(self, prompt_outcomes: Sequence[float]) -> dict[State, Counts]:
+        samples = [Sample((), (), reward) for reward in prompt_outcomes]
+        for state in self.states:
+            own = (passage.rollout for passage in self._judged(state) if passage.depth == 0)
+            samples += [Sample(state, rollout.actions, rollout.reward or 0.0) for rollout in own]
+        return prefix_counts(samples)
+
+    def _value(self, state: State, counts: Counts) -> float:
+        """Mean outcome; where outcomes decided the number of completions, what is unbiased under that rule."""
+        if self.rule.minimum == self.rule.maximum:
+            return counts.value
+        rewards = self._rewards(state)
+        stop = self.rule.stopping_time(rewards) or len(rewards)
+        return sequential_value(sum(rewards[:stop]), stop, self.rule)
+
+    def _state_row(
+        self, state: State, counts: dict[State, Counts], values: dict[State, float], left_out: Counter[str]
+    ) -> dict[str, Any]:
+        """Candidates are the next steps of what was sampled from a state; one that breaks off is no candidate."""
+        taken = [passage for passage in self._judged(state) if len(passage.rollout.steps) > passage.depth]
+        whole = [(r, depth) for r, depth in taken if not (r.truncated and len(r.steps) == depth + 1)]
+        left_out["candidates_cut_off"] += len(taken) - len(whole)
+        first = {rollout.actions[depth]: (rollout, depth) for rollout, depth in reversed(whole)}
+        number = Counter(rollout.actions[depth] for rollout, depth in whole)  # in the order of their first
+        reached = [(*state, action) for action in number]
+        sampled = [first[action] for action in number]
+        return {
+            "prefix": list(state),
+            "candidates": [rollout.steps[depth] for rollout, depth in sampled],
+            "counts": list(number.values()),
+            "values": [values.get(candidate, counts[candidate].value) for candidate in reached],
+            "mc_successes": [counts[candidate].successes for candidate in reached],
+            "mc_rollouts": [counts[candidate].rollouts for candidate in reached],
+            "rewards": [r.reward if len(r.steps) == depth + 1 else None for r, depth in sampled],
+            "prefix_ids": [list(ids) for ids in self.states[state]],
+            "candidates_ids": [list(rollout.steps_ids[depth]) for rollout, depth in sampled],
+        }
+
+
+def _solution_row(solution: Rollout, counts: dict[State, Counts], values: dict[State, float]) -> dict[str, Any]:
+    # The end of a solution has one outcome, seen as often as completions ended there, and in the solution itself.
+    successes, rollouts = counts.get(solution.actions, Counts(0.0, 0))
+    reward = solution.reward or 0.0
+    end = Counts(successes + reward, rollouts + 1)
+    observed = [*(counts[state] for state in solution.states), end]
+    return {
+        "completions": list(solution.steps),
+        "values": [*(values[state] for state in solution.states), end.value],
+        "mc_successes": [count.successes for count in observed],
+        "mc_rollouts": [count.rollouts for count in observed],
+        "reward": reward,
+        "truncated": solution.truncated,
+        "completions_ids": [list(ids) for ids in solution.steps_ids],
+    }

@@ -1,0 +1,318 @@
+"""
+The rows of a stage on disk, in shards: a run that is killed goes on where it was, with the same command.
+
+A stage's folder holds
+
+- `manifest.json`: what the stage was asked to do (configuration and fingerprint of its input), with which package
+  versions, and, once it is complete, what came of it: rows, counts of everything left out, tokens, seconds;
+- `shards/00000.json`, ...: the same numbers of one shard. A shard is complete if and only if this file is there;
+- `shards/00000-<table>.parquet`, ...: its rows, in one or several tables.
+
+Every file appears under its name at once, complete. What a shard holds depends on its number only, never on who
+computes it or when, so that several processes can share the work and any of them can be killed.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from datasets import Dataset, Features
+
+from dapo_trl.tables import to_dataset
+
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("dapo-trl", "datasets", "torch", "transformers", "trl", "vllm", "openai")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """
+    What one unit of work gives.
+
+    Attributes:
+        tables (`dict[str, list[dict]]`):
+            Rows of each table of the stage.
+        counts (`dict[str, int]`):
+            What was done, and everything that was left out, by name.
+        seconds (`float`):
+            Wall-clock time that it took.
+    """
+
+    tables: dict[str, list[dict[str, Any]]]
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class ShardStore:
+    """
+    Shards of one stage in a folder.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the stage; made if it is not there.
+        config (`dict`):
+            Everything that decides what the shards hold, as JSON values: settings, and fingerprints of the stage's
+            inputs. On a folder that holds shards it must be what they were made with.
+        features (`dict[str, Features]`):
+            Columns of each table.
+        num_shards (`int`):
+            Number of shards.
+
+    Raises:
+        ValueError: if the folder holds shards of another configuration; the message shows what differs.
+        OSError: if the folder cannot be written to.
+
+    Example:
+
+    ```python
+    >>> from tempfile import mkdtemp
+    >>> from datasets import Features, Value
+    >>> from dapo_trl.store import Shard, ShardStore
+
+    >>> features = {"numbers": Features({"number": Value("int64")})}
+    >>> store = ShardStore(mkdtemp(), {"seed": 0}, features, num_shards=2)
+    >>> for index in store.missing():
+    ...     store.write(index, Shard({"numbers": [{"number": index}]}, {"drawn": 1}))
+    >>> store.missing(), store.finish()["counts"]
+    ([], {'drawn': 2})
+    >>> store.table("numbers")["number"]
+    Column([0, 1])
+
+    ```
+    """
+
+    def __init__(
+        self, folder: str | Path, config: Mapping[str, Any], features: Mapping[str, Features], num_shards: int
+    ) -> None:
+        self.folder = Path(folder)
+        self.features = dict(features)
+        self.num_shards = num_shards
+        self._shards = self.folder / "shards"
+        self._shards.mkdir(parents=True, exist_ok=True)
+        self._claim(json.loads(json.dumps(dict(config))))
+
+    # ---- Manifest ----
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as it is on disk."""
+        return json.loads((self.folder / "manifest.json").read_text())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the stage was finished."""
+        return "counts" in self.manifest
+
+    def _claim(self, config: dict[str, Any]) -> None:
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            # Processes that start together write the same.
+            write_atomically(path, _dump({"config": config, "num_shards": self.num_shards, "versions": versions()}))
+        known = self.manifest
+        given = config | {"num_shards": self.num_shards}
+        stored = known["config"] | {"num_shards": known["num_shards"]}
+        if differences := list(_differences(stored, given)):
+            raise ValueError(
+                f"{self.folder} holds results of another configuration: {'; '.join(differences)}. Go on with the old "
+                "settings, or take another folder, or delete this one to start anew."
+            )
+        if others := list(_differences(known["versions"], versions())):
+            logger.warning(f"{self.folder} was begun with other package versions: {'; '.join(others)}.")
+
+    def finish(self, num_used: int | None = None) -> dict[str, Any]:
+        """
+        Add up what the shards say and complete the manifest.
+
+        Args:
+            num_used (`int`, *optional*):
+                Shards that count, from the first; `None` for all. Later ones, if there are any, are not used.
+
+        Returns:
+            `dict`: the manifest.
+
+        Raises:
+            ValueError: if a shard is missing.
+        """
+        num_used = self.num_shards if num_used is None else num_used
+        if missing := [index for index in self.missing() if index < num_used]:
+            raise ValueError(f"{self.folder}: shards {missing[:5]} are missing, so the stage is not complete.")
+        summaries = [self.summary(index) for index in range(num_used)]
+        counts: Counter[str] = Counter()
+        rows: Counter[str] = Counter()
+        for summary in summaries:
+            counts.update(summary["counts"])
+            rows.update(summary["rows"])
+        results = {
+            "num_shards_used": num_used,
+            "rows": dict(rows),
+            "counts": dict(counts),
+            "seconds": round(sum(summary["seconds"] for summary in summaries), 3),
+            "fingerprint": _hash("".join(summary["fingerprint"] for summary in summaries)),
+        }
+        manifest = self.manifest | results
+        if manifest != self.manifest:
+            write_atomically(self.folder / "manifest.json", _dump(manifest))
+        return manifest
+
+    # ---- Shards ----
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not complete, in order."""
+        done = {path.stem for path in self._shards.glob("*.json")}
+        return [index for index in range(self.num_shards) if _stem(index) not in done]
+
+    def summary(self, index: int) -> dict[str, Any]:
+        """
+        What a complete shard says of itself.
+
+        Args:
+            index (`int`):
+                Number of the shard.
+
+        Returns:
+            `dict` with `rows` (by table), `counts`, `seconds` and `fingerprint`.
+        """
+        return json.loads((self._shards / f"{_stem(index)}.json").read_text())
+
+    def write(self, index: int, shard: Shard) -> None:
+        """
+        Write a shard, so that it is there completely or not at all.
+
+        Args:
+            index (`int`):
+                Number of the shard.
+            shard ([`Shard`]):
+                Its rows and numbers.
+
+        Raises:
+            ValueError: if its tables are not those of the stage.
+            OSError: if the disk is full or the folder cannot be written to; nothing of the shard is then there.
+        """
+        if shard.tables.keys() != self.features.keys():
+            raise ValueError(f"Shard {index} has tables {list(shard.tables)}, expected {list(self.features)}.")
+        fingerprints = []
+        for name, rows in shard.tables.items():
+            table = to_dataset(rows, self.features[name]).data.table
+            with _temporary(self._path(index, name)) as temporary:
+                pq.write_table(table, temporary, compression="zstd")
+                fingerprints.append(_hash(temporary.read_bytes()))
+        summary = {
+            "rows": {name: len(rows) for name, rows in shard.tables.items()},
+            "counts": dict(shard.counts),
+            "seconds": round(shard.seconds, 3),
+            "fingerprint": _hash("".join(fingerprints)),
+        }
+        write_atomically(self._shards / f"{_stem(index)}.json", _dump(summary))
+
+    def table(self, name: str, num_used: int | None = None) -> Dataset:
+        """
+        Rows of all shards, in their order.
+
+        Args:
+            name (`str`):
+                Name of the table.
+            num_used (`int`, *optional*):
+                Shards that count, from the first. `None` for those that [`finish`] counted.
+
+        Returns:
+            [`~datasets.Dataset`], memory-mapped.
+        """
+        num_used = self.manifest["num_shards_used"] if num_used is None else num_used
+        used = [index for index in range(num_used) if self.summary(index)["rows"][name]]
+        if not used:
+            return to_dataset([], self.features[name])
+        files = [str(self._path(index, name)) for index in used]
+        cache = str(self.folder / ".cache")
+        return Dataset.from_parquet(files, features=self.features[name], cache_dir=cache)
+
+    def rows(self, index: int, name: str) -> list[dict[str, Any]]:
+        """
+        Rows of one complete shard.
+
+        Args:
+            index (`int`):
+                Number of the shard.
+            name (`str`):
+                Name of the table.
+
+        Returns:
+            `list[dict]`.
+        """
+        return pq.read_table(self._path(index, name)).to_pylist()
+
+    def _path(self, index: int, name: str) -> Path:
+        return self._shards / f"{_stem(index)}-{name}.parquet"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """
+    Write a text file so that it appears completely or not at all, also if the machine loses power.
+
+    Args:
+        path (`Path`):
+            File.
+        text (`str`):
+            What it shall hold.
+    """
+    with _temporary(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A file to be written in place of `path`, which it becomes at the end; gone if anything fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """
+    Versions of the packages that decide what a stage computes.
+
+    Returns:
+        `dict[str, str]`: version by name, of those that are installed.
+    """
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
+    """What differs between two trees of JSON values, a clause each."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in dict.fromkeys([*stored, *given]):
+            yield from _differences(stored.get(key), given.get(key), f"{name}.{key}" if name else key)
+    elif stored != given:
+        yield f"`{name}` was {stored!r}, is now {given!r}"
+
+
+def _stem(index: int) -> str:
+    return f"{index:05}"
+
+
+def _dump(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _hash(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]

@@ -1,0 +1,148 @@
+"""
+`store.py`: shards are there completely or not at all, and a folder keeps to its configuration.
+"""
+
+import json
+import logging
+import os
+
+import pytest
+from datasets import Features, Value
+
+import dapo_trl.store
+from dapo_trl.store import Shard, ShardStore, write_atomically
+
+
+FEATURES = {
+    "numbers": Features({"number": Value("int64")}),
+    "names": Features({"name": Value("string"), "note": Value("string")}),
+}
+CONFIG = {"seed": 0, "sampling": {"temperature": 1.0, "top_p": 0.9}}
+
+
+def make_store(folder, config=None, num_shards=3):
+    return ShardStore(folder, CONFIG if config is None else config, FEATURES, num_shards)
+
+
+def shard(index):
+    names = [{"name": str(index), "note": None}] if index else []
+    return Shard(
+        {"numbers": [{"number": index}, {"number": -index}], "names": names}, {"drawn": 2, "odd": index % 2}, 1.5
+    )
+
+
+def test_rows_come_back_in_order(tmp_path):
+    """Whatever the order in which shards are written; an empty table has its columns."""
+    store = make_store(tmp_path)
+    for index in (2, 0, 1):
+        store.write(index, shard(index))
+    assert store.missing() == []
+    manifest = store.finish()
+    assert manifest["rows"] == {"numbers": 6, "names": 2}
+    assert manifest["counts"] == {"drawn": 6, "odd": 1}
+    assert manifest["seconds"] == 4.5
+    assert store.table("numbers")["number"][:] == [0, 0, 1, -1, 2, -2]
+    assert store.table("names").to_list() == [{"name": "1", "note": None}, {"name": "2", "note": None}]
+    assert store.rows(1, "numbers") == [{"number": 1}, {"number": -1}]
+    assert store.table("names", num_used=1).column_names == ["name", "note"]
+
+
+def test_a_new_process_goes_on(tmp_path):
+    make_store(tmp_path).write(1, shard(1))
+    store = make_store(tmp_path)
+    assert store.missing() == [0, 2]
+    with pytest.raises(ValueError, match=r"shards \[0, 2\] are missing"):
+        store.finish()
+    assert not store.is_complete
+    for index in store.missing():
+        store.write(index, shard(index))
+    store.finish()
+    assert make_store(tmp_path).is_complete
+
+
+def test_fingerprints_say_what_the_rows_are(tmp_path):
+    """Equal rows have equal fingerprints, wherever and whenever they were written."""
+
+    def fingerprint(folder, order, value=0):
+        store = make_store(folder)
+        for index in order:
+            store.write(index, shard(index + value))
+        return store.finish()["fingerprint"]
+
+    first = fingerprint(tmp_path / "a", (0, 1, 2))
+    assert fingerprint(tmp_path / "b", (2, 1, 0)) == first
+    assert fingerprint(tmp_path / "c", (0, 1, 2), value=1) != first
+
+
+def test_the_first_shards_are_enough(tmp_path):
+    store = make_store(tmp_path)
+    for index in (0, 2):
+        store.write(index, shard(index))
+    assert store.finish(num_used=1)["rows"] == {"numbers": 2, "names": 0}
+    assert len(store.table("numbers")) == 2
+
+
+@pytest.mark.parametrize("moment", ["write_table", "replace", "fsync"])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, moment):
+    """Wherever it happens, the shard is missing afterwards, no temporary file is left, and it can be written again."""
+    store = make_store(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    module = dapo_trl.store.pq if moment == "write_table" else os
+    with monkeypatch.context() as patch:
+        patch.setattr(module, moment, fail)
+        with pytest.raises(OSError, match="No space left"):
+            store.write(0, shard(0))
+    assert store.missing() == [0, 1, 2]
+    assert not list(tmp_path.rglob("*.tmp"))
+    store.write(0, shard(0))
+    assert store.missing() == [1, 2]
+
+
+def test_tables_without_summary_do_not_count(tmp_path):
+    """Killed between the last table and the summary: the shard is computed again."""
+    store = make_store(tmp_path)
+    store.write(0, shard(0))
+    (tmp_path / "shards" / "00000.json").unlink()
+    assert store.missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("config", "num_shards", "difference"),
+    [
+        ({"seed": 1, "sampling": CONFIG["sampling"]}, 3, "`seed` was 0, is now 1"),
+        ({"seed": 0, "sampling": {"temperature": 0.7, "top_p": 0.9}}, 3, r"`sampling.temperature` was 1.0, is now 0.7"),
+        ({"seed": 0, "sampling": {"top_p": 0.9}}, 3, r"`sampling.temperature` was 1.0, is now None"),
+        (CONFIG | {"new": [1]}, 3, r"`new` was None, is now \[1\]"),
+        (CONFIG, 4, "`num_shards` was 3, is now 4"),
+    ],
+)
+def test_another_configuration_is_refused(tmp_path, config, num_shards, difference):
+    """With what differs and the cure."""
+    make_store(tmp_path)
+    with pytest.raises(ValueError, match=f"holds results of another configuration: {difference}. .* delete this one"):
+        make_store(tmp_path, config, num_shards)
+
+
+def test_other_versions_are_said(tmp_path, monkeypatch, caplog):
+    make_store(tmp_path)
+    monkeypatch.setattr(dapo_trl.store, "versions", lambda: {"trl": "0.0"})
+    with caplog.at_level(logging.WARNING):
+        make_store(tmp_path)
+    assert "was begun with other package versions" in caplog.text
+    assert "is now '0.0'" in caplog.text
+
+
+def test_other_tables_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Shard 0 has tables \['numbers'\], expected \['numbers', 'names'\]"):
+        make_store(tmp_path).write(0, Shard({"numbers": []}))
+
+
+def test_a_file_is_replaced_at_once(tmp_path):
+    path = tmp_path / "file.json"
+    write_atomically(path, "old")
+    write_atomically(path, json.dumps({"new": 1}))
+    assert json.loads(path.read_text()) == {"new": 1}
+    assert [child.name for child in tmp_path.iterdir()] == ["file.json"]
