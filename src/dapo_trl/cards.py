@@ -106,6 +106,29 @@ def save_model_card(
     card.save(path)
 
 
+def add_card_results(folder: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """
+    Put a table of results into the card of a model that was saved before it was evaluated.
+
+    Args:
+        folder (`str`):
+            Folder of the model, with a card of [`save_model_card`].
+        results (`dict[str, dict]`):
+            Table of results: row name -> column name -> number or text.
+
+    Raises:
+        ValueError: if the card has no section for results.
+    """
+    path = os.path.join(folder, "README.md")
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    before, title, rest = card.text.partition("## Results\n")
+    _, next_title, after = rest.partition("\n## ")
+    if not title or not next_title:
+        raise ValueError(f"{path} has no section `## Results`, so it is no card of this library.")
+    card.text = f"{before}{title}\n{_results_table(results)}\n{next_title}{after}"
+    card.save(path)
+
+
 def _base_model(trainer: Any) -> str:
     name = get_config_model_id(trainer.model.config)
     if not name:

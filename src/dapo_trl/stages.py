@@ -209,13 +209,13 @@ def run_shards(
 
     def is_needed(index: int) -> bool:
         if num_problems is not None:  # do not run ahead of the shards that say how many are needed
-            _wait_for(lambda: min(store.missing(), default=index) > index - state.num_processes * engine.num_calls)
+            wait_for(lambda: min(store.missing(), default=index) > index - state.num_processes * engine.num_calls)
         return index < _num_needed(store, num_problems)
 
     with ShardBar(desc, sum(map(size, own)), sum(size(index) for index in own if index not in missing)) as bar:
         for index in _in_flight(compute, takewhile(is_needed, todo), engine.num_calls):
             bar.finish(size(index))
-    _wait_for(lambda: min(store.missing(), default=store.num_shards) >= _num_needed(store, num_problems))
+    wait_for(lambda: min(store.missing(), default=store.num_shards) >= _num_needed(store, num_problems))
 
 
 def _in_flight(compute: Callable[[int], int], todo: Iterator[int], num_calls: int) -> Iterator[int]:
@@ -239,8 +239,14 @@ def _in_flight(compute: Callable[[int], int], todo: Iterator[int], num_calls: in
                 future.cancel()
 
 
-def _wait_for(condition: Callable[[], bool]) -> None:
-    """Until the other processes have done their share; a barrier would time out after minutes."""
+def wait_for(condition: Callable[[], bool]) -> None:
+    """
+    Wait until other processes have done their share; a barrier would time out after minutes.
+
+    Args:
+        condition (`Callable[[], bool]`):
+            Whether they have.
+    """
     while not condition():
         time.sleep(_POLL_SECONDS)
 

@@ -18,8 +18,9 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -124,10 +125,7 @@ class ShardStore:
         given = config | {"num_shards": self.num_shards}
         stored = known["config"] | {"num_shards": known["num_shards"]}
         if differences := list(_differences(stored, given)):
-            raise ValueError(
-                f"{self.folder} holds results of another configuration: {'; '.join(differences)}. Go on with the old "
-                "settings, or take another folder, or delete this one to start anew."
-            )
+            raise ValueError(_refusal(self.folder, differences))
         if others := list(_differences(known["versions"], versions())):
             logger.warning(f"{self.folder} was begun with other package versions: {'; '.join(others)}.")
 
@@ -205,7 +203,7 @@ class ShardStore:
         fingerprints = []
         for name, rows in shard.tables.items():
             table = to_dataset(rows, self.features[name]).data.table
-            with _temporary(self._path(index, name)) as temporary:
+            with temporary_file(self._path(index, name)) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
                 fingerprints.append(_hash(temporary.read_bytes()))
         summary = {
@@ -256,6 +254,53 @@ class ShardStore:
         return self._shards / f"{_stem(index)}-{name}.parquet"
 
 
+def run_once(
+    path: str | Path, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]], is_main: bool = True
+) -> dict[str, Any]:
+    """
+    Results of a step that is done at most once: a file says that it is done, with which settings, and what came of it.
+
+    Args:
+        path (`str` or `Path`):
+            The file, made when the step is done.
+        settings (`dict`):
+            Everything that decides the results, as JSON values.
+        compute (`Callable[[], dict]`):
+            Does the step and returns its results, as JSON values.
+        is_main (`bool`, *optional*, defaults to `True`):
+            Whether this process writes the file.
+
+    Returns:
+        `dict`: the results.
+
+    Raises:
+        ValueError: if the step was done with other settings; the message shows what differs.
+    """
+    path, given = Path(path), json.loads(json.dumps(dict(settings)))
+    if path.exists():
+        known = json.loads(path.read_text())
+        if differences := list(_differences(known["config"], given)):
+            raise ValueError(_refusal(path, differences))
+        return known["results"]
+    start = time.perf_counter()
+    results = json.loads(json.dumps(compute()))
+    if is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        seconds = round(time.perf_counter() - start, 3)
+        done = {"config": given, "versions": versions(), "seconds": seconds, "results": results}
+        write_atomically(path, _dump(done))
+    while not path.exists():  # written by the main process
+        time.sleep(0.5)
+    return results
+
+
+def _refusal(place: Path, differences: list[str]) -> str:
+    return (
+        f"{place} holds results of another configuration: {'; '.join(differences)}. Go on with the old settings, or "
+        "take another folder, or delete this one to start anew."
+    )
+
+
 def write_atomically(path: Path, text: str) -> None:
     """
     Write a text file so that it appears completely or not at all, also if the machine loses power.
@@ -266,13 +311,19 @@ def write_atomically(path: Path, text: str) -> None:
         text (`str`):
             What it shall hold.
     """
-    with _temporary(path) as temporary:
+    with temporary_file(path) as temporary:
         temporary.write_text(text)
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A file to be written in place of `path`, which it becomes at the end; gone if anything fails."""
+def temporary_file(path: Path) -> Iterator[Path]:
+    """
+    A file to be written in place of another, which it becomes at the end; gone if anything fails.
+
+    Args:
+        path (`Path`):
+            File.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         yield temporary

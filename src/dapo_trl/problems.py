@@ -1,0 +1,132 @@
+"""
+Problems from a local file, from the Hub, or from a Python function: rows with `prompt`, `answer` and `problem_id`.
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from dapo_trl.verifiers import check_answers
+
+
+_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_QUESTION_COLUMNS = ("question", "problem", "prompt")
+_ANSWER_COLUMNS = ("answer", "solution", "target")
+
+
+def load_problems(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: str | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    num_train: int | None = None,
+    num_test: int | None = None,
+    prompt_template: str = "{question}",
+    seed: int = 0,
+) -> DatasetDict:
+    """
+    Problems to train on, and problems to evaluate on that share no prompt with them.
+
+    Args:
+        name (`str`):
+            A json, jsonl, parquet or csv file; a data set on the Hub; or `"file.py:function"`, a function of `split`,
+            `n` and `seed` that returns a list of rows with `prompt` and `answer`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model. With a chat template, questions become conversations.
+        config (`str`, *optional*):
+            Configuration of a data set on the Hub.
+        train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on. If there is none, problems of the training split are held out.
+        num_train (`int`, *optional*):
+            Problems to train on, a sample of the split. `None` for all.
+        num_test (`int`, *optional*):
+            Problems to evaluate on. `None` for all, or for 1,000 held-out ones.
+        prompt_template (`str`, *optional*, defaults to `"{question}"`):
+            How a question is put.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sample.
+
+    Returns:
+        [`~datasets.DatasetDict`]: `train` and `test`, with `prompt`, `answer` and `problem_id`.
+
+    Raises:
+        ValueError: if there is no such file, function, split or column, or an answer cannot be parsed.
+    """
+    path, _, function = name.partition(":")
+    if path.endswith(".py"):
+        make_problems = _import_function(Path(path), function)
+        if num_train is None or num_test is None:
+            raise ValueError(f"How many problems shall {name} make? Set their numbers for training and evaluation.")
+        train = Dataset.from_list(make_problems(train_split, num_train, seed))
+        return DatasetDict(train=train, test=Dataset.from_list(make_problems(test_split, num_test, 0)))
+    parts = _read(name, config, train_split)
+    if test_split in parts:
+        train, test = parts[train_split], parts[test_split]
+    else:
+        whole = parts[train_split].shuffle(seed=seed)
+        size = min(num_test or 1000, len(whole) // 2)
+        test, train = whole.select(range(size)), whole.select(range(size, len(whole)))
+    # Seeded, so that a smaller number of problems is a sample of all of them.
+    train, test = _first(train.shuffle(seed=seed), num_train), _first(test.shuffle(seed=seed), num_test)
+    train, test = (_as_problems(part, prompt_template, tokenizer) for part in (train, test))
+    seen = {json.dumps(prompt) for prompt in train["prompt"]}
+    return DatasetDict(train=train, test=test.filter(lambda row: json.dumps(row["prompt"]) not in seen))
+
+
+def _import_function(path: Path, name: str) -> Callable[..., list[dict[str, Any]]]:
+    if not path.exists():
+        raise ValueError(f"The problems are to come from {path}, but there is no such file. Check the path.")
+    spec = importlib.util.spec_from_file_location(f"dapo_trl_problems_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # any file that ends in .py has one
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"{path} has no function {name!r}. Write `{path}:function`.")
+    return getattr(module, name)
+
+
+def _read(name: str, config: str | None, train_split: str) -> DatasetDict:
+    kind = _KINDS.get(Path(name).suffix)
+    if kind is not None and not Path(name).exists():
+        raise ValueError(f"`dataset_name` is {name!r}, but there is no such file. Check the path.")
+    parts = load_dataset(kind, data_files=name) if kind is not None else load_dataset(name, config)
+    if train_split not in parts:
+        raise ValueError(f"{name} has no split {train_split!r}, only {list(parts)}. Set `dataset_train_split`.")
+    return parts
+
+
+def _as_problems(rows: Dataset, prompt_template: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Rows with a question and an answer, as prompts: conversational if the tokenizer has a chat template."""
+    question, answer = _find_column(rows, _QUESTION_COLUMNS), _find_column(rows, _ANSWER_COLUMNS)
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt = row[question]
+        if isinstance(prompt, str):
+            prompt = prompt_template.format(question=prompt)
+            prompt = [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
+        return {"prompt": prompt, "answer": str(row[answer]), "problem_id": str(row.get("problem_id", index))}
+
+    problems = rows.map(convert, with_indices=True, remove_columns=rows.column_names, desc="Reading problems")
+    check_answers(problems["answer"])
+    return problems
+
+
+def _find_column(rows: Dataset, names: tuple[str, ...]) -> str:
+    for name in names:
+        if name in rows.column_names:
+            return name
+    raise ValueError(f"The data set needs a column named {' or '.join(map(repr, names))}, it has {rows.column_names}.")
+
+
+def _first(rows: Dataset, number: int | None) -> Dataset:
+    return rows if number is None else rows.select(range(min(number, len(rows))))

@@ -1,0 +1,477 @@
+"""
+The whole method as one resumable run:
+
+    problems -> solutions -> step values -> critic -> advantages -> policy -> accuracy
+
+Each stage has a place in the run's folder, is skipped when it is done there, and goes on where it was when it was
+killed. With several iterations each policy is the next one's generator and reference.
+"""
+
+import dataclasses
+import gc
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from dapo_trl.advantages import add_advantages
+from dapo_trl.cards import add_card_results
+from dapo_trl.dapo_config import DAPOConfig
+from dapo_trl.dapo_trainer import DAPOTrainer
+from dapo_trl.diagnostics import sibling_ranking
+from dapo_trl.engines import Engine
+from dapo_trl.engines.transformers import TransformersEngine
+from dapo_trl.evaluation import Estimate, evaluate_policy
+from dapo_trl.modeling import load_policy
+from dapo_trl.problems import load_problems
+from dapo_trl.recipe_arguments import RecipeArguments
+from dapo_trl.stages import rows_fingerprint, sample_stage, value_stage, wait_for
+from dapo_trl.step_critic_config import StepCriticConfig
+from dapo_trl.step_critic_trainer import StepCriticTrainer
+from dapo_trl.store import ShardStore, run_once, temporary_file, write_atomically
+from dapo_trl.summary import (
+    critic_table,
+    draw_values,
+    print_critic,
+    print_evaluation,
+    print_results,
+    print_stage,
+    print_title,
+)
+from dapo_trl.verifiers.math import math_reward
+
+
+NO_SIGNAL = (
+    "No problem carries signal: there is no state whose next steps could be compared. Nothing was trained. Use easier "
+    "problems, a stronger model, more solutions per problem, or a larger `max_new_tokens` if many were truncated."
+)
+STAGES = ("sample", "values", "critic", "score", "advantages", "train")
+EVALUATION_SEED = 1234  # the same samples for every policy of every run
+
+
+class Recipe:
+    """
+    A run of the whole method in a folder.
+
+    Args:
+        arguments ([`RecipeArguments`]):
+            What to do.
+        model_config ([`~trl.ModelConfig`]):
+            The policy before training, and how models are loaded.
+    """
+
+    def __init__(self, arguments: RecipeArguments, model_config: ModelConfig) -> None:
+        if not model_config.model_name_or_path:
+            raise ValueError("`model_name_or_path` is missing: name the model that shall be trained.")
+        if not arguments.dataset_name:
+            raise ValueError("`dataset_name` is missing: name the problems that shall be trained on.")
+        self.arguments = arguments
+        self.model_config = model_config
+        self.model: str = model_config.model_name_or_path
+        self.folder = Path(arguments.output_dir)
+        self.results: dict[str, Any] = {}
+        self._state = PartialState()
+
+    def run(self, until: str = "train") -> dict[str, Any]:
+        """
+        Run all stages that are not done yet.
+
+        Args:
+            until (`str`, *optional*, defaults to `"train"`):
+                Last stage to run: `"sample"`, `"values"`, `"critic"`, `"score"` (rows valued by the critic),
+                `"advantages"` or `"train"`. Of several iterations, only `"train"` runs more than the first.
+
+        Returns:
+            `dict`: accuracies, metrics of the critic, and counts of everything that was left out; also written to
+            `results.json` in the run's folder.
+
+        Raises:
+            ValueError: if an argument or a row is bad, the folder holds results of other settings, or no problem
+                carries signal.
+        """
+        print_title(f"{len(self.problems['train']):,} problems to train on, {len(self.problems['test']):,} held out")
+        generator = self.model
+        if until == "train":
+            self.results["before"] = self.evaluate("before training", generator, self.folder / "before.json")
+        critic: str | None = self.arguments.critic_model_name_or_path
+        for iteration in range(self.arguments.iterations):
+            several = self.arguments.iterations > 1
+            folder = self.folder / f"iteration-{iteration + 1}" if several else self.folder
+            results = _Iteration(self, iteration, folder, generator, critic).run(until)
+            if until != "train":
+                return results
+            self.results |= {"iterations": [*self.results.get("iterations", []), results]} if several else results
+            generator = model_path(folder / policy_folder(self.arguments.values))
+            critic = model_path(folder / "critic") if self.arguments.values != "monte_carlo" else None
+        self.results["arguments"] = dataclasses.asdict(self.arguments)
+        print_results(self.results)
+        if self._state.is_main_process:
+            write_atomically(self.folder / "results.json", json.dumps(self.results, indent=2))
+        return self.results
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the model."""
+        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.arguments.trust_remote_code)
+
+    @cached_property
+    def problems(self) -> DatasetDict:
+        """Problems to train and to evaluate on."""
+        a = self.arguments
+        return load_problems(
+            a.dataset_name or "",
+            self.tokenizer,
+            a.dataset_config,
+            a.dataset_train_split,
+            a.dataset_test_split,
+            a.num_train_problems,
+            a.num_test_problems,
+            a.prompt_template,
+            a.seed,
+        )
+
+    def make_engine(self, model: str) -> Engine:
+        """Sampling back end of a policy, given by name or path."""
+        a = self.arguments
+        if a.engine == "openai" and model == self.model:  # what the servers serve
+            from dapo_trl.engines.openai import OpenAIEngine
+
+            return OpenAIEngine(a.server_urls, model, self.tokenizer, max_concurrency=a.max_concurrency, num_calls=2)
+        if a.engine == "vllm":
+            from dapo_trl.engines.vllm import VLLMEngine
+
+            return VLLMEngine(model, self.tokenizer)
+        config = DAPOConfig(self.arguments.output_dir, **self.training_arguments({}))
+        policy: Any = load_policy(model, config, get_quantization_config(self.model_config))
+        policy = policy.to(self._state.device) if policy.device.type == "cpu" else policy
+        return TransformersEngine(policy, self.tokenizer, a.generation_batch_size)
+
+    def training_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of both trainers: what suits a recipe, and what is given."""
+        on_gpu = self._state.device.type == "cuda"
+        defaults = {
+            "model_init_kwargs": {
+                "revision": self.model_config.model_revision,
+                "attn_implementation": self.model_config.attn_implementation,
+                "dtype": self.model_config.dtype,
+            },
+            "trust_remote_code": self.arguments.trust_remote_code,
+            "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+            "max_length": None,  # what was sampled fits; `max_new_tokens` is the limit
+            "dataloader_pin_memory": on_gpu,
+            "report_to": self.arguments.report_to,
+            "save_strategy": "no",
+            "seed": self.arguments.seed,
+        }
+        return defaults | given
+
+    def evaluate(self, title: str, model: str, path: Path) -> dict[str, Any]:
+        """
+        Accuracy of a policy on the held-out problems.
+
+        Args:
+            title (`str`):
+                What the policy is called on the console.
+            model (`str`):
+                Its name or path.
+            path (`Path`):
+                Where the results are kept.
+
+        Returns:
+            `dict`: fields of [`~dapo_trl.evaluation.Evaluation`].
+        """
+        sampling = self.arguments.rollout_config(0).sampling
+        settings = {
+            "problems": rows_fingerprint(self.problems["test"]),
+            "model": model,
+            "sampling": dataclasses.asdict(sampling),
+            "k": self.arguments.eval_k,
+        }
+
+        def compute() -> dict[str, Any]:
+            engine = self.make_engine(model)
+            evaluation = evaluate_policy(
+                self.problems["test"], engine, math_reward, sampling, self.arguments.eval_k, EVALUATION_SEED
+            )
+            return dataclasses.asdict(evaluation)
+
+        print_title(f"Accuracy, {title}")
+        if not self._state.is_main_process:  # one process samples
+            wait_for(path.exists)
+        results = run_once(path, settings, compute)
+        free_memory()
+        print_evaluation(results)
+        return results
+
+
+class _Iteration:
+    """One pass of the method: from a generator to a better policy."""
+
+    def __init__(self, recipe: Recipe, number: int, folder: Path, generator: str, critic: str | None) -> None:
+        self.recipe = recipe
+        self.arguments = recipe.arguments
+        self.folder = folder
+        self.generator = generator
+        self.critic = critic or generator
+        self.config = self.arguments.rollout_config(number)
+        self.results: dict[str, Any] = {"dropped": {}}
+        self._is_main = PartialState().is_main_process
+
+    def run(self, until: str) -> dict[str, Any]:
+        stages = STAGES[: STAGES.index(until) + 1]
+        sampled = self._sample()
+        if "values" not in stages:
+            return self.results
+        values = self._value(sampled)
+        states = {}
+        if self.arguments.values in ("critic", "both") and "critic" in stages:
+            self._train_critic(values)
+            if "score" in stages:
+                states["critic"] = self._score(values)
+        if self.arguments.values in ("monte_carlo", "both") and "advantages" in stages:
+            states["monte_carlo"] = add_advantages(values.table("states"), "values")
+            self._write(states["monte_carlo"], "states_monte_carlo")
+        if "train" in stages:
+            for source, rows in states.items():
+                self._train_policy(source, rows)
+        return self.results
+
+    # ---- Stages ----
+
+    def _sample(self) -> ShardStore:
+        print_title("Solutions")
+        a = self.arguments
+        problems, folder = self.recipe.problems["train"], self.folder / "sampled"
+        signal = a.num_problems_with_signal
+        sampled = sample_stage(problems, self._engine, math_reward, self.config, folder, a.shard_size, signal)
+        print_stage(sampled.manifest)
+        self.results["dropped"]["sampled"] = sampled.manifest["counts"]
+        return sampled
+
+    def _value(self, sampled: ShardStore) -> ShardStore:
+        print_title("Completions and values")
+        values = value_stage(sampled, self._engine, math_reward, self.config, self.folder / "values")
+        print_stage(values.manifest)
+        self.results["dropped"]["values"] = values.manifest["counts"]
+        del self._engine
+        free_memory()
+        if not values.manifest["rows"]["states"]:
+            raise ValueError(NO_SIGNAL)
+        return values
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return self.recipe.make_engine(self.generator)
+
+    def _write(self, rows: Dataset, name: str) -> Path:
+        path = self.folder / "data" / f"{name}.parquet"
+        if self._is_main:
+            path.parent.mkdir(exist_ok=True)
+            with temporary_file(path) as temporary:
+                rows.to_parquet(temporary)
+        return path
+
+    def _train_critic(self, values: ShardStore) -> None:
+        print_title("Critic")
+        solutions = values.table("solutions")
+        held_out = held_out_problems(solutions)
+        folder = self.folder / "critic"
+        given = self.arguments.critic
+
+        def compute() -> dict[str, Any]:
+            config = StepCriticConfig(str(folder), **self.recipe.training_arguments(given))
+            trainer = StepCriticTrainer(
+                model=self.critic,
+                args=config,
+                train_dataset=solutions.filter(lambda row: row["problem_id"] not in held_out),
+                eval_dataset=solutions.filter(lambda row: row["problem_id"] in held_out),
+                processing_class=self.recipe.tokenizer,
+                quantization_config=get_quantization_config(self.recipe.model_config),
+                peft_config=get_peft_config(self.recipe.model_config),
+            )
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+            metrics = trainer.evaluate()
+            self._save(trainer)
+            return {"metrics": metrics, "dropped": trainer.preprocessing_report}
+
+        settings = self._settings(given, self.critic, values.manifest["fingerprint"])
+        results = run_once(folder / "stage.json", settings, compute, self._is_main)
+        self.results["critic"] = results["metrics"]
+        self.results["dropped"]["critic"] = results["dropped"]
+        free_memory()
+
+    def _score(self, values: ShardStore) -> Dataset:
+        """Value all rows by the critic; measure it on the problems that it was not trained on."""
+        folder = self.folder / "critic"
+
+        def compute() -> dict[str, Any]:
+            config = StepCriticConfig(str(folder), **self.recipe.training_arguments(self.arguments.critic))
+            trainer = StepCriticTrainer(model=model_path(folder), args=config, processing_class=self.recipe.tokenizer)
+            scored = {name: trainer.predict_values(values.table(name)) for name in ("solutions", "states")}
+            scored["states"] = add_advantages(scored["states"], "critic_values")
+            for name, rows in scored.items():
+                self._write(rows, f"{name}_critic")
+            held_out = held_out_problems(scored["solutions"])
+            unseen = scored["states"].filter(lambda row: row["problem_id"] in held_out)
+            ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=0.3)
+            if self._is_main:
+                draw_values(scored["solutions"], self.folder / "values.png")
+            return {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs, "num_held_out": len(held_out)}
+
+        settings = {
+            "critic": json.loads((folder / "stage.json").read_text())["config"],
+            "values": values.manifest["fingerprint"],
+        }
+        results = run_once(self.folder / "data" / "scored.json", settings, compute, self._is_main)
+        self.results["critic"] |= results
+        print_critic(self.results["critic"])
+        free_memory()
+        if self._is_main:
+            add_card_results(str(folder), critic_table(self.results["critic"]))
+        data = self.folder / "data"
+        return Dataset.from_parquet(str(data / "states_critic.parquet"), cache_dir=str(data / ".cache"))
+
+    def _train_policy(self, source: str, rows: Dataset) -> None:
+        title = f"{source.replace('_', ' ')} values"
+        print_title(f"Policy, {title}")
+        folder = self.folder / policy_folder(source)
+
+        def compute() -> dict[str, Any]:
+            config = DAPOConfig(str(folder), **self.recipe.training_arguments(self.arguments.policy))
+            trainer = DAPOTrainer(
+                model=self.generator,
+                args=config,
+                train_dataset=rows,
+                processing_class=self.recipe.tokenizer,
+                quantization_config=get_quantization_config(self.recipe.model_config),
+                peft_config=get_peft_config(self.recipe.model_config),
+            )
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+            self._save(trainer)
+            return {"dropped": trainer.preprocessing_report}
+
+        settings = self._settings(self.arguments.policy, self.generator, rows_fingerprint(rows))
+        results = run_once(folder / "stage.json", settings, compute, self._is_main)
+        self.results["dropped"][f"policy_{source}"] = results["dropped"]
+        free_memory()
+        after = self.recipe.evaluate(title, model_path(folder), folder / "accuracy.json")
+        self.results[f"policy_{source}"] = after
+        if self._is_main:
+            add_card_results(str(folder), results_table(self.recipe.results["before"], after))
+
+    def _settings(self, given: dict[str, Any], model: str, rows: str) -> dict[str, Any]:
+        names = ("seed", "critic_model_name_or_path")
+        shared = {name: getattr(self.arguments, name) for name in names}
+        return shared | {"arguments": given, "model": model, "rows": rows}
+
+    def _save(self, trainer: Any) -> None:
+        """The model and its card; of an adapter also the model that it makes, for the stages that follow."""
+        folder = Path(trainer.args.output_dir)
+        name = self.arguments.dataset_name or ""
+        on_hub = not Path(name.partition(":")[0]).exists()  # a card links to the Hub
+        trainer.save_model()
+        trainer.create_model_card(folder.name, name if on_hub else None)
+        if self._is_main and is_peft_model(trainer.model):
+            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+            merged.save_pretrained(folder / "merged")
+            self.recipe.tokenizer.save_pretrained(folder / "merged")
+
+
+def policy_folder(source: str) -> str:
+    """
+    Name of a policy's folder.
+
+    Args:
+        source (`str`):
+            Where its advantages come from, `"critic"` or `"monte_carlo"`.
+
+    Returns:
+        `str`.
+    """
+    return "policy" if source == "critic" else f"policy_{source}"
+
+
+def model_path(folder: Path) -> str:
+    """
+    Where a trained model is loaded from: the merged one, where an adapter was trained.
+
+    Args:
+        folder (`Path`):
+            Folder of the trainer.
+
+    Returns:
+        `str`: path.
+    """
+    return str(folder / "merged" if (folder / "merged").exists() else folder)
+
+
+def held_out_problems(solutions: Dataset) -> set[str]:
+    """
+    Every tenth problem: the critic is measured on them and not trained on them.
+
+    Args:
+        solutions ([`~datasets.Dataset`]):
+            Rows with `problem_id`.
+
+    Returns:
+        `set[str]`: their `problem_id`.
+    """
+    return set(list(dict.fromkeys(solutions["problem_id"]))[::10])
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """
+    The newest checkpoint that was written to its end; what a kill left of others is removed.
+
+    Args:
+        folder (`Path`):
+            Folder of the trainer.
+
+    Returns:
+        `str` or `None`: path.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in checkpoints if (path / "trainer_state.json").exists()]
+    if PartialState().is_main_process:
+        for path in set(checkpoints) - set(whole):
+            shutil.rmtree(path)
+    return str(whole[-1]) if whole else None
+
+
+def results_table(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """
+    Accuracies for a card.
+
+    Args:
+        before (`dict`):
+            Fields of [`~dapo_trl.evaluation.Evaluation`], of the policy before training.
+        after (`dict`):
+            The same of the trained policy.
+
+    Returns:
+        `dict`: row -> column -> text.
+    """
+    k = after["k"]
+    names = {"greedy": "greedy", f"mean@{k}": "mean_at_k", f"pass@{k}": "pass_at_k"}
+    return {
+        f"{title}, {after['num_problems']:,} held-out problems": {
+            "before": str(Estimate(**before[name])),
+            "after": str(Estimate(**after[name])),
+        }
+        for title, name in names.items()
+    }
+
+
+def free_memory() -> None:
+    """Give back what deleted models held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

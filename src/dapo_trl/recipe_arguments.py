@@ -1,0 +1,113 @@
+"""
+Arguments of a recipe. Nothing heavy is imported, so that `dapo-trl run --help` answers at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from dapo_trl.rollouts import RolloutConfig
+
+
+@dataclass
+class RecipeArguments:
+    """
+    What a run does; the models are in TRL's `ModelConfig`. Defaults are the paper's, where it states them.
+    """
+
+    output_dir: str = field(default="runs/recipe", metadata={"help": "Where models, data sets and results go."})
+    seed: int = field(default=0, metadata={"help": "Seed of problems, sampling and training."})
+    iterations: int = field(
+        default=1, metadata={"help": "Times the method is run, each policy the next one's generator and reference."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub name, json/jsonl/parquet/csv file, or 'file.py:function'."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on. If there is none, problems are held out."}
+    )
+    prompt_template: str = field(
+        default="Question: {question}\nAnswer, step by step, one step a line, and end with '#### <result>'.\n",
+        metadata={"help": "How a question is put, for models without a chat template too."},
+    )
+    num_train_problems: int | None = field(default=None, metadata={"help": "Problems to train on; all by default."})
+    num_test_problems: int = field(default=1000, metadata={"help": "Problems to evaluate on."})
+    num_problems_with_signal: int | None = field(
+        default=None, metadata={"help": "Stop sampling at this number of problems with right and wrong solutions."}
+    )
+    engine: str = field(
+        default="transformers",
+        metadata={"help": "Sampling back end.", "choices": ["transformers", "openai", "vllm"]},
+    )
+    server_urls: list[str] = field(
+        default_factory=list, metadata={"help": "Servers of the engine 'openai', such as http://node1:8000/v1."}
+    )
+    max_concurrency: int = field(default=64, metadata={"help": "Requests under way at a time, engine 'openai'."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Sequences at a time, engine 'transformers'."})
+    shard_size: int = field(default=64, metadata={"help": "Problems of a shard: what a kill can cost."})
+    num_solutions: int = field(default=32, metadata={"help": "Solutions per problem. Paper: 32."})
+    num_kept: int = field(default=6, metadata={"help": "Solutions kept per problem. Paper: 6."})
+    num_completions: int = field(default=16, metadata={"help": "Most completions per state. Paper: 16."})
+    min_completions: int | None = field(
+        default=None, metadata={"help": "Completions after which a state may have enough. None: never early (paper)."}
+    )
+    precision: float = field(default=0.15, metadata={"help": "Posterior standard deviation of a value that is enough."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Longest completion in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    values: str = field(
+        default="critic",
+        metadata={
+            "help": "Where advantages come from: 'critic' (paper), 'monte_carlo' or 'both' (two policies).",
+            "choices": ["critic", "monte_carlo", "both"],
+        },
+    )
+    critic_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Backbone of the critic. Default: the policy's model."}
+    )
+    critic: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Arguments of `StepCriticConfig`, as YAML section or JSON."}
+    )
+    policy: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Arguments of `DAPOConfig`, as YAML section or JSON."}
+    )
+    eval_k: int = field(default=4, metadata={"help": "Samples per test problem, for mean@k and pass@k."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models with Python code of their own."})
+    report_to: str = field(default="none", metadata={"help": "Where metrics go: 'none', 'wandb', 'tensorboard', ..."})
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"`iterations` must be at least 1, got {self.iterations}.")
+        if self.values not in ("critic", "monte_carlo", "both"):
+            raise ValueError(f"`values` must be 'critic', 'monte_carlo' or 'both', got {self.values!r}.")
+        if self.values == "both" and self.iterations > 1:
+            raise ValueError('`values="both"` trains two policies; several iterations need one. Choose one of them.')
+        if "{question}" not in self.prompt_template:
+            raise ValueError(f"`prompt_template` must contain {{question}}, got {self.prompt_template!r}.")
+        if self.engine not in ("transformers", "openai", "vllm"):
+            raise ValueError(f"`engine` must be 'transformers', 'openai' or 'vllm', got {self.engine!r}.")
+        if self.engine == "openai" and self.iterations > 1:
+            raise ValueError(
+                '`engine="openai"` cannot load the next policy. Run one iteration, start the servers anew.'
+            )
+        if (self.engine == "openai") != bool(self.server_urls):
+            raise ValueError('`server_urls` and `engine="openai"` belong together; give both or neither.')
+        self.num_kept = min(self.num_kept, self.num_solutions)
+        self.rollout_config(0)  # refuses numbers that do not fit before anything is loaded
+
+    def rollout_config(self, iteration: int) -> "RolloutConfig":
+        """Settings of sampling; each iteration draws with seeds of its own."""
+        from dapo_trl.engines import SamplingConfig
+        from dapo_trl.rollouts import RolloutConfig
+
+        return RolloutConfig(
+            num_solutions=self.num_solutions,
+            num_kept=self.num_kept,
+            num_completions=self.num_completions,
+            min_completions=self.min_completions,
+            precision=self.precision,
+            sampling=SamplingConfig(max_new_tokens=self.max_new_tokens, temperature=self.temperature),
+            seed=self.seed + 1_000_003 * iteration,
+        )

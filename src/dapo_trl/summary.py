@@ -1,0 +1,192 @@
+"""
+What a person sees of a run: titles, tables and a figure.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from dapo_trl.evaluation import Estimate
+
+
+console = Console(width=110)
+
+
+def print_title(title: str) -> None:
+    """Begin a stage."""
+    if PartialState().is_main_process:
+        console.rule(f"[bold]{title}")
+
+
+def print_stage(manifest: dict[str, Any]) -> None:
+    """
+    What a sampling stage did, kept and left out.
+
+    Args:
+        manifest (`dict`):
+            Manifest of a finished [`~dapo_trl.store.ShardStore`].
+    """
+    if not PartialState().is_main_process:
+        return
+    table = Table("what", "how many")
+    for name, number in (manifest["rows"] | manifest["counts"]).items():
+        if number:
+            table.add_row(name.replace("_", " "), f"{number:,}")
+    seconds = manifest["seconds"]
+    table.add_row("seconds", f"{seconds:,.1f}")
+    table.add_row("tokens per second", f"{manifest['counts'].get('tokens_generated', 0) / max(seconds, 1e-9):,.0f}")
+    console.print(table)
+
+
+def print_evaluation(evaluation: dict[str, Any]) -> None:
+    """
+    Accuracy of a policy.
+
+    Args:
+        evaluation (`dict`):
+            Fields of [`~dapo_trl.evaluation.Evaluation`].
+    """
+    if not PartialState().is_main_process:
+        return
+    k = evaluation["k"]
+    num_samples = evaluation["num_problems"] * (k + 1)
+    console.print(
+        f"greedy {Estimate(**evaluation['greedy'])}, mean@{k} {Estimate(**evaluation['mean_at_k'])}; "
+        f"{evaluation['truncated']:,} of {num_samples:,} samples truncated, {evaluation['not_judged']:,} not judged"
+    )
+
+
+def print_critic(metrics: dict[str, Any]) -> None:
+    """
+    Whether the critic is any good.
+
+    Args:
+        metrics (`dict`):
+            Metrics on the held-out problems.
+    """
+    if not PartialState().is_main_process:
+        return
+    console.print(
+        f"Critic on {metrics['num_held_out']} held-out problems: BCE {metrics['eval_bce']:.3f} (best constant "
+        f"{metrics['eval_bce_constant']:.3f}), skill {metrics['eval_skill']:.1%}, Brier {metrics['eval_brier']:.3f}, "
+        f"calibration error {metrics['eval_calibration_error']:.3f}; orders {metrics['eval_sibling_ranking']:.1%} of "
+        f"{metrics['eval_sibling_pairs']:,} pairs of sibling steps as their Monte Carlo values do, where these differ "
+        "by 0.3 or more."
+    )
+    if metrics["eval_skill"] <= 0:
+        console.print(
+            "[bold red]The critic has no skill: it predicts no better than a constant. A policy trained on its values "
+            "is not likely to improve. Use more problems, another learning rate, or `values: monte_carlo`."
+        )
+
+
+def critic_table(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """
+    Metrics of the critic for its card.
+
+    Args:
+        metrics (`dict`):
+            Metrics on the held-out problems.
+
+    Returns:
+        `dict`: row -> column -> number.
+    """
+    names = {"eval_bce": "binary cross-entropy", "eval_bce_constant": "best constant's cross-entropy"}
+    names |= {"eval_skill": "skill", "eval_brier": "Brier score", "eval_calibration_error": "calibration error"}
+    names |= {"eval_sibling_ranking": "siblings ordered alike (0.3 apart)"}
+    return {title: {"held-out problems": metrics[name]} for name, title in names.items()}
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """
+    Accuracies before and after, and everything that was left out.
+
+    Args:
+        results (`dict`):
+            Results of [`~dapo_trl.recipe.Recipe`].
+    """
+    if not PartialState().is_main_process:
+        return
+    before = results["before"]
+    table = Table("policy", "greedy", f"mean@{before['k']}", f"pass@{before['k']}")
+    table.title = f"Accuracy on {before['num_problems']:,} held-out problems, temperature 1, 95% intervals"
+    for label, evaluation in _evaluations(results).items():
+        cells = (str(Estimate(**evaluation[name])) for name in ("greedy", "mean_at_k", "pass_at_k"))
+        table.add_row(label, *cells)
+    console.print(table)
+    dropped = Table("stage", "what", "how many", title="What was sampled, kept and left out")
+    for iteration in results.get("iterations", [results]):
+        for stage, report in iteration["dropped"].items():
+            for part, counts in report.items() if isinstance(next(iter(report.values()), 0), dict) else [("", report)]:
+                for what, count in counts.items():
+                    if count:
+                        label = f"{stage} {part}".strip().replace("_", " ")
+                        dropped.add_row(label, what.replace("_", " "), f"{count:,}")
+            dropped.add_section()
+    console.print(dropped)
+
+
+def _evaluations(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found = {"before": results["before"]}
+    iterations = results.get("iterations", [results])
+    for number, iteration in enumerate(iterations, 1):
+        for name, evaluation in iteration.items():
+            if name.startswith("policy_"):
+                label = f"after, {name.removeprefix('policy_').replace('_', ' ')} values"
+                found[label if len(iterations) == 1 else f"iteration {number}, {label}"] = evaluation
+    return found
+
+
+def draw_values(solutions: Dataset, path: Path) -> None:
+    """
+    Draw values along some solutions of the same problems, correct and wrong.
+
+    Args:
+        solutions ([`~datasets.Dataset`]):
+            Solution rows with `critic_values`.
+        path (`Path`):
+            Picture to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    by_problem: dict[str, list[dict[str, Any]]] = {}
+    for row in solutions:
+        by_problem.setdefault(row["problem_id"], []).append(row)
+    mixed = [rows for rows in by_problem.values() if len({row["reward"] for row in rows}) > 1][:4]
+    if not mixed:
+        return
+    figure, axes = pyplot.subplots(
+        1, len(mixed), figsize=(4 * len(mixed), 4.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, rows in zip(axes[0], mixed, strict=True):
+        _draw_problem(axis, rows)
+    axes[0][0].set_ylabel("value: probability to end correct")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    figure.suptitle("Values along solutions")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    console.print(f"Figure of values along some solutions: {path}")
+
+
+def _draw_problem(axis: Any, rows: list[dict[str, Any]]) -> None:
+    for outcome, color in ((1.0, "#1b7837"), (0.0, "#c2410c")):
+        row = next(row for row in rows if (row["reward"] >= 0.5) == bool(outcome))
+        states = range(len(row["values"]))
+        verdict = "correct" if outcome else "wrong"
+        # at the end the method takes the true reward, not the critic's guess
+        critic_values = [*row["critic_values"][:-1], row["reward"]]
+        axis.plot(states, critic_values, color=color, marker="o", label=f"{verdict}, critic (at the end: outcome)")
+        axis.plot(states, row["values"], color=color, linestyle=":", marker="x", label=f"{verdict}, Monte Carlo")
+    axis.set_xlabel("steps taken")
+    axis.set_ylim(-0.03, 1.03)
+    axis.grid(alpha=0.3)
+    prompt = rows[0]["prompt"] if isinstance(rows[0]["prompt"], str) else rows[0]["prompt"][-1]["content"]
+    axis.set_title(prompt.strip()[:40], fontsize=9)
