@@ -1,5 +1,5 @@
 # Each target does its own set-up: a virtual environment with the versions of constraints.txt. Nothing else is needed.
-#   make demo [SEED=n]   train the tiny student, a few minutes on two CPU cores
+#   make demo [SEED=n]   train the tiny student, about two minutes on two CPU cores
 #   make test            the default tests
 #   make check           lint, format, types, spelling
 #   make bench           the measurements behind the README's tables, about an hour

@@ -29,7 +29,7 @@ def test_demo_in_small(tmp_path):
 
     done = launch(
         *("--output_dir", str(tmp_path / "run"), "--num_train_problems", "30", "--num_test_problems", "16"),
-        *("--policy_max_steps", "3", "--critic_epochs", "1", "--eval_k", "2"),
+        *("--policy.max_steps", "3", "--critic.num_train_epochs", "1", "--eval_k", "2"),
         cwd=tmp_path,  # the demo does not depend on where it is started
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -38,7 +38,7 @@ def test_demo_in_small(tmp_path):
     run = tmp_path / "run"
     results = json.loads((run / "results.json").read_text())
     assert 0 <= results["before"]["greedy"]["low"] <= results["before"]["greedy"]["mean"] <= 1
-    assert results["stages"]["Solutions and completions"]["tokens"] > 0
+    assert results["stages"]["sampled"]["tokens"] > 0
     for policy in ("policy", "policy_monte_carlo"):
         assert AutoModelForCausalLM.from_pretrained(run / policy).num_parameters() > 0
         AutoTokenizer.from_pretrained(run / policy)
@@ -48,8 +48,8 @@ def test_demo_in_small(tmp_path):
     assert AutoModelForTokenClassification.from_pretrained(run / "critic").config.num_labels == 1
     assert "| skill |" in ModelCard.load(run / "critic" / "README.md").text
     assert (run / "values.png").stat().st_size > 10_000
-    assert {path.name for path in (run / "data").iterdir()} == {
-        "solutions.parquet", "states.parquet", "states_critic.parquet", "states_monte_carlo.parquet"
+    assert {path.name for path in (run / "data").glob("*.parquet")} == {
+        "solutions_critic.parquet", "states_critic.parquet", "states_monte_carlo.parquet"
     }  # fmt: skip
 
 
@@ -104,62 +104,25 @@ def test_gsm8k_without_signal(tmp_path, data_dir, random_model):
     assert "problems all wrong" in done.stdout
     assert "Traceback" not in done.stderr.split("subprocess.CalledProcessError")[0].split("Traceback (most recent")[0]
     assert not (tmp_path / "run" / "policy").exists()
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["dropped"]["rollouts"]["problems"] == 4
+    assert json.loads((tmp_path / "run" / "sampled" / "manifest.json").read_text())["counts"]["problems_all_wrong"] == 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--dataset_name", "nowhere.jsonl", "--model_name_or_path", str(STUDENT)], "there is no such file"),
-        (["--model_name_or_path", "./nowhere"], "nowhere"),
+        (["--model_name_or_path", "./nowhere", "--dataset_name", "some.jsonl"], "nowhere"),
         (["--values", "guesses"], "invalid choice: 'guesses'"),
         (["--dataset_name", "some.jsonl"], "`--dataset_name` needs `--model_name_or_path`"),
+        (["--model_name_or_path", str(STUDENT)], "`dataset_name` is missing"),
         (["--prompt_template", "Q:"], "`prompt_template` must contain {question}"),
-        (["--num_kept", "99"], "Lower `num_kept`"),
+        (["--num_completions", "1"], "`num_completions` must be at least 2"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):
     done = launch(*arguments, "--output_dir", str(tmp_path / "run"), "--num_test_problems", "2", "--eval_k", "1")
     assert done.returncode != 0
     assert message in done.stderr
-
-
-def test_question_answer_files(tmp_path):
-    """Columns are found by their usual names; an answer that nobody can read is refused with its row."""
-    good = tmp_path / "good.jsonl"
-    good.write_text("".join(json.dumps({"problem": f"{i}+1?", "solution": f"#### {i + 1}"}) + "\n" for i in range(8)))
-    bad = tmp_path / "bad.jsonl"
-    rows = [{"question": "1+1?", "answer": "???"}, {"question": "b", "answer": "2"}]
-    bad.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    missing = tmp_path / "missing.jsonl"
-    missing.write_text(json.dumps({"ask": "1+1?", "tell": "2"}) + "\n" + json.dumps({"ask": "1+2?", "tell": "3"}))
-    example = load_example()
-    tokenizer = make_tokenizer()
-
-    def problems(path, **kwargs):
-        arguments = example.MathArguments(dataset_name=str(path), num_test_problems=4, **kwargs).resolved(False)
-        return example.load_problems(arguments, tokenizer)
-
-    parts = problems(good)
-    assert (len(parts["train"]), len(parts["test"])) == (4, 4)
-    assert not set(parts["train"]["prompt"]) & set(parts["test"]["prompt"])
-    with pytest.raises(ValueError, match=r"is '\?\?\?': the gold answer cannot be parsed"):
-        problems(bad)
-    with pytest.raises(SystemExit, match="needs a column named 'question' or 'problem' or 'prompt'"):
-        problems(missing)
-    with pytest.raises(SystemExit, match="has no split 'validation'"):
-        problems(good, dataset_train_split="validation")
-
-
-def load_example():
-    """The example as a module, under a name that does not shadow `math`."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("math_example", REPOSITORY / "examples" / "math.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["math_example"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_splits_of_the_demo_share_no_problem():

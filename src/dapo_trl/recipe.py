@@ -112,6 +112,7 @@ class Recipe:
             generator = model_path(folder / policy_folder(self.arguments.values))
             critic = model_path(folder / "critic") if self.arguments.values != "monte_carlo" else None
         self.results["arguments"] = dataclasses.asdict(self.arguments)
+        self.results["stages"] = stage_times(self.folder)
         print_results(self.results)
         if self._state.is_main_process:
             write_atomically(self.folder / "results.json", json.dumps(self.results, indent=2))
@@ -468,6 +469,36 @@ def results_table(before: dict[str, Any], after: dict[str, Any]) -> dict[str, di
         }
         for title, name in names.items()
     }
+
+
+def stage_times(folder: Path) -> dict[str, dict[str, float]]:
+    """
+    Time and tokens of the stages of a run, from what they left in its folder.
+
+    Args:
+        folder (`Path`):
+            Folder of the run.
+
+    Returns:
+        `dict`: stage -> `seconds`, summed over interruptions and processes, and `tokens` generated.
+    """
+    times = {}
+    for pattern in ("before.json", "**/sampled/manifest.json", "**/values/manifest.json", "**/critic/stage.json"):
+        times |= _stage_times(folder, pattern)
+    for pattern in ("**/data/scored.json", "**/policy*/stage.json", "**/policy*/accuracy.json"):
+        times |= _stage_times(folder, pattern)
+    return times
+
+
+def _stage_times(folder: Path, pattern: str) -> dict[str, dict[str, float]]:
+    found = {}
+    for path in sorted(folder.glob(pattern)):
+        stage = json.loads(path.read_text())
+        name = "/".join(path.relative_to(folder).with_suffix("").parts).removesuffix("/manifest").removesuffix("/stage")
+        results = stage.get("results", {})
+        tokens = stage["counts"].get("tokens_generated", 0) if "counts" in stage else results.get("tokens", 0)
+        found[name] = {"seconds": stage.get("seconds", 0.0), "tokens": tokens}
+    return found
 
 
 def free_memory() -> None:

@@ -39,15 +39,6 @@ class RolloutConfig:
             Solutions kept per problem, correct and wrong as balanced as possible, without duplicates.
         num_completions (`int`, *optional*, defaults to `16`):
             Completions of every state of the kept solutions, the bare prompt included.
-        min_completions (`int`, *optional*):
-            Completions after which, and after every further multiple of which, a state whose value is known to
-            `precision` gets no more, see [`~dapo_trl.values.StoppingRule`]. `None` gives every state
-            `num_completions`, as the paper does.
-        precision (`float`, *optional*, defaults to `0.15`):
-            Posterior standard deviation of a value that is enough. Only used with `min_completions`.
-        reuse (`bool`, *optional*, defaults to `True`):
-            Whether completions of a state that pass through a later one count towards that one's number: they are as
-            good as its own. `False` draws `num_completions` from every state, as the paper does.
         sampling ([`~dapo_trl.engines.SamplingConfig`], *optional*):
             How to sample. `max_new_tokens` bounds a solution, and a completion from any of its states.
         separator (`str`, *optional*, defaults to `"\\n"`):
@@ -57,6 +48,15 @@ class RolloutConfig:
             tokens are spent on their completions. They are counted.
         seed (`int`, *optional*, defaults to `0`):
             Seed of all sampling.
+        min_completions (`int`, *optional*):
+            Completions after which, and after every further multiple of which, a state whose value is known to
+            `precision` gets no more, see [`~dapo_trl.values.StoppingRule`]. `None` gives every state
+            `num_completions`, as the paper does.
+        precision (`float`, *optional*, defaults to `0.15`):
+            Posterior standard deviation of a value that is enough. Only used with `min_completions`.
+        reuse (`bool`, *optional*, defaults to `True`):
+            Whether completions of a state that pass through a later one count towards that one's number: they are as
+            good as its own. `False` draws `num_completions` from every state, as the paper does.
 
     Raises:
         ValueError: if a number is out of range.
@@ -65,13 +65,13 @@ class RolloutConfig:
     num_solutions: int = 32
     num_kept: int = 6
     num_completions: int = 16
-    min_completions: int | None = None
-    precision: float = 0.15
-    reuse: bool = True
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     separator: str = "\n"
     skip_uniform: bool = True
     seed: int = 0
+    min_completions: int | None = None
+    precision: float = 0.15
+    reuse: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_solutions", "num_kept", "num_completions"):

@@ -128,6 +128,11 @@ def print_results(results: dict[str, Any]) -> None:
                         dropped.add_row(label, what.replace("_", " "), f"{count:,}")
             dropped.add_section()
     console.print(dropped)
+    times = Table("stage", "seconds", "tokens generated", title="Time and tokens per stage")
+    for stage, row in results["stages"].items():
+        times.add_row(stage, f"{row['seconds']:,.1f}", f"{row['tokens']:,}" if row["tokens"] else "")
+    times.add_row("total", f"{sum(row['seconds'] for row in results['stages'].values()):,.1f}", "")
+    console.print(times)
 
 
 def _evaluations(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
