@@ -3,6 +3,7 @@ What README and docs say about the repository is true.
 """
 
 import ast
+import doctest
 import re
 import subprocess
 import sys
@@ -72,6 +73,12 @@ def test_python_examples_of_the_readme():
     names = {alias.name for node in imports if node.module == "dapo_trl" for alias in node.names}
     assert len(names) >= 8
     assert all(hasattr(dapo_trl, name) for name in names)
+
+
+@pytest.mark.parametrize("name", ["pipeline.md"])
+def test_examples_of_the_docs_run(name):
+    results = doctest.testfile(str(REPOSITORY / "docs" / name), module_relative=False)
+    assert results.attempted > 0 and results.failed == 0
 
 
 def test_map_of_the_code_is_complete():

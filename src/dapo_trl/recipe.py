@@ -242,7 +242,7 @@ class _Iteration:
             self._write(states["monte_carlo"], "states_monte_carlo")
         if "train" in stages:
             for source, rows in states.items():
-                self._train_policy(source, rows)
+                self._train_policy(source, rows, values.manifest["fingerprint"])
         return self.results
 
     # ---- Stages ----
@@ -340,7 +340,7 @@ class _Iteration:
         data = self.folder / "data"
         return Dataset.from_parquet(str(data / "states_critic.parquet"), cache_dir=str(data / ".cache"))
 
-    def _train_policy(self, source: str, rows: Dataset) -> None:
+    def _train_policy(self, source: str, rows: Dataset, values: str) -> None:
         title = f"{source.replace('_', ' ')} values"
         print_title(f"Policy, {title}")
         folder = self.folder / policy_folder(source)
@@ -359,7 +359,9 @@ class _Iteration:
             self._save(trainer)
             return {"dropped": trainer.preprocessing_report}
 
-        settings = self._settings(self.arguments.policy, self.generator, rows_fingerprint(rows))
+        settings = self._settings(self.arguments.policy, self.generator, values)
+        if source == "critic":
+            settings |= {"scored": json.loads((self.folder / "data" / "scored.json").read_text())["config"]}
         results = run_once(folder / "stage.json", settings, compute, self._is_main)
         self.results["dropped"][f"policy_{source}"] = results["dropped"]
         free_memory()
