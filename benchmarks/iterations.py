@@ -1,0 +1,82 @@
+"""
+The iterative method over several seeds: is the second policy at least as good as the first?
+
+    python benchmarks/iterations.py [--seeds 0 1 2 3 4] [--output_dir runs/iterations]
+
+Each run is `dapo-trl run examples/recipes/demo.yaml` with two iterations on the critic's values: the first policy
+samples the second round's data and is its reference, and the critic goes on from the first one's. A run that is there
+goes on where it was. Writes `benchmarks/results/iterations.json` and the table between the marks of
+`benchmarks/README.md`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from recording import REPOSITORY, machine, versions, write_between
+
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
+METRICS = {"greedy": "greedy", "mean@4": "mean_at_k"}
+# Half-width of a 95% interval over this many seeds, in standard errors (Student's t).
+T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+def run(seed: int, output_dir: Path) -> list[dict]:
+    """Accuracies before training and after each iteration."""
+    recipe = REPOSITORY / "examples" / "recipes" / "demo.yaml"
+    command = [sys.executable, "-m", "dapo_trl", "run", str(recipe), "--iterations", "2", "--values", "critic"]
+    subprocess.run([*command, "--seed", str(seed), "--output_dir", str(output_dir)], check=True)
+    results = json.loads((output_dir / "results.json").read_text())
+    return [results["before"], *(iteration["policy_critic"] for iteration in results["iterations"])]
+
+
+def percent(estimate: dict) -> str:
+    return f"{100 * estimate['mean']:.1f} ± {50 * (estimate['high'] - estimate['low']):.1f}"
+
+
+def table(runs: dict[str, list[dict]]) -> str:
+    """Accuracies, a line a seed; then what the second iteration adds, over the seeds."""
+    stages = ("before", "iteration 1", "iteration 2")
+    lines = [
+        f"| seed | {' | '.join(f'{metric}: {stage}' for metric in METRICS for stage in stages)} |",
+        "|---" * 7 + "|",
+    ]
+    for seed, evaluations in runs.items():
+        cells = [percent(evaluation[name]) for name in METRICS.values() for evaluation in evaluations]
+        lines.append(f"| {seed} | {' | '.join(cells)} |")
+    cells = []
+    for name in METRICS.values():
+        gains = np.array([100 * (second[name]["mean"] - first[name]["mean"]) for _, first, second in runs.values()])
+        half = T[len(gains)] * gains.std(ddof=1) / len(gains) ** 0.5
+        cells += ["", "", f"{gains.mean():+.1f} ± {half:.1f} on the first"]
+    return "\n".join([*lines, f"| mean | {' | '.join(cells)} |"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "iterations")
+    arguments = parser.parse_args()
+    record = {
+        "command": "python benchmarks/iterations.py --seeds " + " ".join(map(str, arguments.seeds)),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": versions(*PACKAGES),
+        "runs": {str(seed): run(seed, arguments.output_dir / f"seed-{seed}") for seed in arguments.seeds},
+    }
+    path = REPOSITORY / "benchmarks" / "results" / "iterations.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    numbers = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    text = f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}. Versions: {numbers}."
+    write_between(REPOSITORY / "benchmarks" / "README.md", "iterations", f"{text}\n\n{table(record['runs'])}")
+    print(table(record["runs"]))
+
+
+if __name__ == "__main__":
+    main()
