@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from dapo_trl.dapo_config import DAPOConfig
     from dapo_trl.dapo_trainer import DAPOTrainer
     from dapo_trl.engines import SamplingConfig
+    from dapo_trl.engines.openai import OpenAIEngine
     from dapo_trl.engines.transformers import TransformersEngine
+    from dapo_trl.engines.vllm import VLLMEngine
     from dapo_trl.evaluation import evaluate_policy
     from dapo_trl.formats import check_dataset
     from dapo_trl.losses import critic_loss, dapo_loss
     from dapo_trl.rollouts import RolloutConfig, collect_rollouts
+    from dapo_trl.stages import sample_stage, value_stage
     from dapo_trl.step_critic_config import StepCriticConfig
     from dapo_trl.step_critic_trainer import StepCriticTrainer
     from dapo_trl.steps import split_step_ids, split_steps
@@ -29,11 +32,13 @@ if TYPE_CHECKING:
 _MODULE_OF_NAME = {
     "DAPOConfig": "dapo_config",
     "DAPOTrainer": "dapo_trainer",
+    "OpenAIEngine": "engines.openai",
     "RolloutConfig": "rollouts",
     "SamplingConfig": "engines",
     "StepCriticConfig": "step_critic_config",
     "StepCriticTrainer": "step_critic_trainer",
     "TransformersEngine": "engines.transformers",
+    "VLLMEngine": "engines.vllm",
     "add_advantages": "advantages",
     "check_dataset": "formats",
     "collect_rollouts": "rollouts",
@@ -41,20 +46,24 @@ _MODULE_OF_NAME = {
     "dapo_loss": "losses",
     "evaluate_policy": "evaluation",
     "math_reward": "verifiers.math",
+    "sample_stage": "stages",
     "sibling_advantages": "advantages",
     "split_step_ids": "steps",
     "split_steps": "steps",
     "step_advantages": "advantages",
+    "value_stage": "stages",
 }
 
 __all__ = [
     "DAPOConfig",
     "DAPOTrainer",
+    "OpenAIEngine",
     "RolloutConfig",
     "SamplingConfig",
     "StepCriticConfig",
     "StepCriticTrainer",
     "TransformersEngine",
+    "VLLMEngine",
     "__version__",
     "add_advantages",
     "check_dataset",
@@ -63,10 +72,12 @@ __all__ = [
     "dapo_loss",
     "evaluate_policy",
     "math_reward",
+    "sample_stage",
     "sibling_advantages",
     "split_step_ids",
     "split_steps",
     "step_advantages",
+    "value_stage",
 ]
 
 
