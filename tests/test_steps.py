@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dapo_trl.steps import first_step_ids, split_step_ids, split_steps, step_ends, step_texts, token_ends
+import dapo_trl.steps
+from dapo_trl.steps import first_step_ids, split_ids, split_step_ids, split_steps, step_ends, step_texts, token_ends
 
 
 DATA = Path(os.environ.get("DAPO_TRL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -281,9 +282,28 @@ class TestTokens:
             texts = step_texts(steps, tokenizer)
             assert "".join(texts) == decode(ids, tokenizer)
             assert len(texts) == 1 or all(text.strip() for text in texts)
+            assert split_ids(ids, tokenizer) == (steps, texts)
             assert first_step_ids(ids, tokenizer) == steps[0]
             text, ends = token_ends(ids, tokenizer)
             assert ends == sorted(ends) and len(ends) == len(ids) and ends[-1] == len(text)
+
+    def test_runs_of_tokens_end_where_single_tokens_do(self, tokenizer, monkeypatch):
+        """Tokens whose texts are known are taken several at once; the ends are those of taking them one by one."""
+        rng = random.Random(0)
+        several = [rng.choices(range(len(tokenizer)), k=150) for _ in range(30)]
+        several += [tokenizer(text * 5, add_special_tokens=False).input_ids for text in SAMPLE]
+        for ids in several:
+            token_ends(ids, tokenizer)  # from here on their texts are known
+        passed = []
+        with monkeypatch.context() as patch:
+            pass_over = dapo_trl.steps._Window.pass_over
+            patch.setattr(
+                dapo_trl.steps._Window, "pass_over", lambda *args: passed.append(pass_over(*args)) or passed[-1]
+            )
+            at_once = [token_ends(ids, tokenizer) for ids in several]
+        assert any(passed) and not all(passed)
+        monkeypatch.setattr(dapo_trl.steps._Window, "pass_over", lambda *args: False)
+        assert [token_ends(ids, tokenizer) for ids in several] == at_once
 
     def test_invalid_bytes(self):
         """E2 82 begins a character of three bytes; FF is none. They show as one U+FFFD for E2 82, and one for FF."""

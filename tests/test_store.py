@@ -6,6 +6,7 @@ import json
 import logging
 import os
 
+import datasets.arrow_writer
 import pytest
 from datasets import Features, Value
 
@@ -99,6 +100,25 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, moment):
     assert not list(tmp_path.rglob("*.tmp"))
     store.write(0, shard(0))
     assert store.missing() == [1, 2]
+
+
+def test_a_full_disk_leaves_no_half_copy(tmp_path, monkeypatch):
+    """Reading fails with what to do, the shards are still there, and with room again it works."""
+    store = make_store(tmp_path)
+    for index in store.missing():
+        store.write(index, shard(index))
+    store.finish()
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", fail)
+        with pytest.raises(OSError, match=r"rows of `numbers` to .*: .*No space left on device. .* make room"):
+            store.table("numbers")
+    assert not list(tmp_path.rglob("*.arrow"))
+    assert store.missing() == []
+    assert len(store.table("numbers")) == 6
 
 
 def test_tables_without_summary_do_not_count(tmp_path):

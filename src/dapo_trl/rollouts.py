@@ -9,15 +9,17 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from dapo_trl.engines import Completion, Engine, OnCompletion, SamplingConfig, sample_seed
 from dapo_trl.progress import CompletionBar
 from dapo_trl.state_tree import Rollout, StateTree
-from dapo_trl.steps import split_step_ids, step_texts
+from dapo_trl.steps import Separator, split_ids
 from dapo_trl.tables import problem_row, table_features, to_dataset, with_problem_ids
 from dapo_trl.tokenization import Prompt, encode_prompt, tokenizer_fingerprint
 from dapo_trl.values import State, StoppingRule
@@ -25,6 +27,8 @@ from dapo_trl.values import State, StoppingRule
 
 RewardFunction = Callable[..., list[float | None]]
 Row = dict[str, Any]
+
+_NUM_REMEMBERED = 1024  # completions whose steps are kept at hand
 
 
 @dataclass(frozen=True)
@@ -342,7 +346,8 @@ class _Sampler:
         self.on_completion = on_completion
         self.counts: Counter[str] = Counter()
         self.lineage = {"generator": engine.name, "tokenizer_fingerprint": tokenizer_fingerprint(engine.tokenizer)}
-        self._steps_of: dict[tuple[int, ...], tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]] = {}
+        # a policy that is sure of itself says the same again and again
+        self._split = lru_cache(_NUM_REMEMBERED)(partial(_split, engine.tokenizer, config.separator))
 
     def sample(self, requests: Sequence[_Request]) -> list[list[Rollout]]:
         """Judged completions of each request, in the order of its seeds."""
@@ -367,12 +372,12 @@ class _Sampler:
         self.counts["empty"] += not steps  # ended at once: there is no step that a row could hold
         return Rollout(steps, steps_ids, None if reward is None else float(reward), truncated)
 
-    def _split(self, ids: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
-        if ids not in self._steps_of:
-            steps_ids = split_step_ids(ids, self.engine.tokenizer, self.config.separator)
-            texts = step_texts(steps_ids, self.engine.tokenizer)
-            self._steps_of[ids] = tuple(tuple(step) for step in steps_ids), tuple(texts)
-        return self._steps_of[ids]
+
+def _split(
+    tokenizer: PreTrainedTokenizerBase, separator: Separator, ids: tuple[int, ...]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
+    steps_ids, texts = split_ids(list(ids), tokenizer, separator)
+    return tuple(map(tuple, steps_ids)), tuple(texts)
 
 
 def _plant(rows: list[Row], config: RolloutConfig) -> StateTree | None:

@@ -6,7 +6,7 @@ it; they form a tree, whose root is the bare prompt.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,6 +43,13 @@ class Rollout:
         """
         return (*self.steps[:-1], (self.steps[-1], "cut off" if self.truncated else "end")) if self.steps else ()
 
+    def passage(self, depth: int) -> "Passage":
+        """The step after the first `depth` ones."""
+        if not self.steps:
+            return Passage(None, "", (), None, self.reward)
+        ending = ("cut off" if self.truncated else "end") if depth == len(self.steps) - 1 else None
+        return Passage(self.actions[depth], self.steps[depth], self.steps_ids[depth], ending, self.reward)
+
     @property
     def states(self) -> dict[State, tuple[tuple[int, ...], ...]]:
         """Every state from which a step was taken, the start included, with the ids of the steps that lead there."""
@@ -51,17 +58,26 @@ class Rollout:
 
 class Passage(NamedTuple):
     """
-    A completion that starts from a state or passes through it.
+    What a completion did in a state from which it starts or through which it passes.
 
     Attributes:
-        rollout ([`Rollout`]):
-            The completion.
-        depth (`int`):
-            Steps that it had taken when it came there; 0 if it starts there.
+        action (`Hashable`):
+            What tells its next step apart, see [`Rollout.actions`]; `None` if it ended at once.
+        step (`str`):
+            Text of that step.
+        ids (`tuple[int, ...]`):
+            Its token ids.
+        ending (`str` or `None`):
+            "end" or "cut off" if that is its last step.
+        reward (`float` or `None`):
+            Outcome of the completion.
     """
 
-    rollout: Rollout
-    depth: int
+    action: Hashable
+    step: str
+    ids: tuple[int, ...]
+    ending: str | None
+    reward: float | None
 
 
 class StateTree:
@@ -69,7 +85,8 @@ class StateTree:
     The states of one problem.
 
     Completions of a state that pass through later ones count there too, from the prompt on: a state draws completions
-    of its own only when the state before it has all of its.
+    of its own only when the state before it has all of its. Of a completion only the steps up to the first one that
+    leaves the tree are kept: nothing after that says anything about a state of the tree or its candidates.
 
     Args:
         kept (sequence of [`Rollout`]):
@@ -87,6 +104,7 @@ class StateTree:
         states = {state: ids for solution in kept for state, ids in solution.states.items()}
         self.states = dict(sorted(states.items(), key=lambda item: len(item[0])))  # parents first
         self._passages: dict[State, list[Passage]] = {state: [] for state in self.states}
+        self._own: dict[State, list[Sample]] = {state: [] for state in self.states}
         self._num_own: Counter[State] = Counter()
 
     # ---- Sampling ----
@@ -123,12 +141,15 @@ class StateTree:
                 The completion. One that cannot be judged has been drawn, but says nothing.
         """
         self._num_own[state] += 1
-        self._passages[state].append(Passage(rollout, 0))
-        for depth in range(1, len(rollout.steps) if self.reuse else 1):
-            passages = self._passages.get(state + rollout.actions[:depth])
-            if passages is None:
-                return
-            passages.append(Passage(rollout, depth))
+        actions = rollout.actions
+        self._passages[state].append(rollout.passage(0))
+        depth = min(len(actions), 1)
+        while (reached := state + actions[:depth]) in self.states and depth:
+            if self.reuse:
+                self._passages[reached].append(rollout.passage(depth))
+            depth += 1
+        if rollout.reward is not None:
+            self._own[state].append(Sample(state, actions[:depth], rollout.reward))
 
     def _num_missing(self, state: State) -> int:
         rewards = self._rewards(state)
@@ -138,10 +159,10 @@ class StateTree:
         return min(next_look - len(rewards), max(self.rule.maximum - len(self._passages[state]), 0))
 
     def _judged(self, state: State) -> list[Passage]:
-        return [passage for passage in self._passages[state] if passage.rollout.reward is not None]
+        return [passage for passage in self._passages[state] if passage.reward is not None]
 
     def _rewards(self, state: State) -> list[float]:
-        return [reward for passage in self._passages[state] if (reward := passage.rollout.reward) is not None]
+        return [passage.reward for passage in self._passages[state] if passage.reward is not None]
 
     # ---- Rows ----
 
@@ -170,10 +191,7 @@ class StateTree:
 
     def _count_outcomes(self, prompt_outcomes: Sequence[float]) -> dict[State, Counts]:
         samples = [Sample((), (), reward) for reward in prompt_outcomes]
-        for state in self.states:
-            own = (passage.rollout for passage in self._judged(state) if passage.depth == 0)
-            samples += [Sample(state, rollout.actions, rollout.reward or 0.0) for rollout in own]
-        return prefix_counts(samples)
+        return prefix_counts([*samples, *(sample for own in self._own.values() for sample in own)])
 
     def _value(self, state: State, counts: Counts) -> float:
         """Mean outcome; where outcomes decided the number of completions, what is unbiased under that rule."""
@@ -187,23 +205,23 @@ class StateTree:
         self, state: State, counts: dict[State, Counts], values: dict[State, float], left_out: Counter[str]
     ) -> dict[str, Any]:
         """Candidates are the next steps of what was sampled from a state; one that breaks off is no candidate."""
-        taken = [passage for passage in self._judged(state) if len(passage.rollout.steps) > passage.depth]
-        whole = [(r, depth) for r, depth in taken if not (r.truncated and len(r.steps) == depth + 1)]
+        taken = [passage for passage in self._judged(state) if passage.action is not None]
+        whole = [passage for passage in taken if passage.ending != "cut off"]
         left_out["candidates_cut_off"] += len(taken) - len(whole)
-        first = {rollout.actions[depth]: (rollout, depth) for rollout, depth in reversed(whole)}
-        number = Counter(rollout.actions[depth] for rollout, depth in whole)  # in the order of their first
+        first = {passage.action: passage for passage in reversed(whole)}
+        number = Counter(passage.action for passage in whole)  # in the order of their first
         reached = [(*state, action) for action in number]
         sampled = [first[action] for action in number]
         return {
             "prefix": list(state),
-            "candidates": [rollout.steps[depth] for rollout, depth in sampled],
+            "candidates": [passage.step for passage in sampled],
             "counts": list(number.values()),
             "values": [values.get(candidate, counts[candidate].value) for candidate in reached],
             "mc_successes": [counts[candidate].successes for candidate in reached],
             "mc_rollouts": [counts[candidate].rollouts for candidate in reached],
-            "rewards": [r.reward if len(r.steps) == depth + 1 else None for r, depth in sampled],
+            "rewards": [passage.reward if passage.ending else None for passage in sampled],
             "prefix_ids": [list(ids) for ids in self.states[state]],
-            "candidates_ids": [list(rollout.steps_ids[depth]) for rollout, depth in sampled],
+            "candidates_ids": [list(passage.ids) for passage in sampled],
         }
 
 

@@ -19,6 +19,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import accumulate, repeat
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,8 @@ Separator = str | re.Pattern[str] | Callable[[str], Sequence[int]]
 
 # Tokens in a window from which on it is decoded at powers of two only: bounds the work on ids that are no valid text.
 _LONG_WINDOW = 16
+# Tokens whose known texts are compared with the text in one go.
+_RUN = 32
 # tokenizer -> {skip_special_tokens: {token: its text after another token}}
 _PIECES: WeakKeyDictionary[Any, dict[bool, dict[int, str]]] = WeakKeyDictionary()
 # Tokens that `first_step_ids` looks at before it looks at twice as many.
@@ -147,8 +150,33 @@ def split_step_ids(
 
     ```
     """
+    return split_ids(ids, tokenizer, separator)[0]
+
+
+def split_ids(
+    ids: Iterable[int], tokenizer: "PreTrainedTokenizerBase", separator: Separator = "\n"
+) -> tuple[list[list[int]], list[str]]:
+    r"""
+    Cut token ids into steps, and give the steps' texts with them: [`split_step_ids`] and [`step_texts`] in one go.
+
+    Args:
+        ids (`Iterable[int]`):
+            Ids of one completion, shape `(T,)`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer that the ids come from.
+        separator (`str`, `re.Pattern` or `Callable[[str], Sequence[int]]`, *optional*, defaults to `"\n"`):
+            What ends a step, see [`step_ends`].
+
+    Returns:
+        `tuple[list[list[int]], list[str]]`:
+            Ids and texts of the K steps, texts without special tokens.
+
+    Raises:
+        TypeError, ValueError: as [`split_step_ids`].
+    """
     ids = _as_list(ids)
-    return _slices(ids, [cut for cut, _ in _token_cuts(ids, tokenizer, separator)])
+    cuts = _token_cuts(ids, tokenizer, separator)
+    return _slices(ids, [cut for cut, _ in cuts]), [text for _, text in cuts]
 
 
 def first_step_ids(ids: Iterable[int], tokenizer: "PreTrainedTokenizerBase", separator: Separator = "\n") -> list[int]:
@@ -229,7 +257,7 @@ def token_ends(
     space, and grows until its text equals the text of all ids at that place, because byte-level tokens may be part of a
     character; usually it is one token wide. Tokens that do not complete a character end where that character starts,
     special tokens where the token before them ends. The number of decoded tokens is linear in T. The text of single
-    tokens is remembered for as long as the tokenizer lives, and used only where it fits.
+    tokens is remembered for as long as the tokenizer lives, and used only where it fits, for runs of tokens at once.
 
     Args:
         ids (`Iterable[int]`):
@@ -247,32 +275,65 @@ def token_ends(
         TypeError: if `ids` is not a flat list of integers.
     """
     ids = _as_list(ids)
-    # the text of one sequence; the tokenizer would take several too, and then return a list
-    decode: Callable[[list[int]], Any] = partial(
-        tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-    )
-    silent = set(tokenizer.all_special_ids) if skip_special_tokens else set()
-    pieces = _PIECES.setdefault(tokenizer, {True: {}, False: {}})[skip_special_tokens]
-    text: str = decode(ids) if ids else ""
-    ends, end = [], 0
-    context: list[int] = []  # tokens just before the window
-    window: list[int] = []  # tokens whose text is incomplete
-    position = 0  # where in `text` the window starts
-    for token in ids:
-        if position and not window and (piece := _piece(token, decode, pieces)) and text.startswith(piece, position):
-            context, end = [token], position + len(piece)
-            position = end
-        elif token not in silent:
-            window.append(token)
-            if len(window) <= _LONG_WINDOW or len(window).bit_count() == 1:
-                new = decode(context + window)[len(decode(context)) if context else 0 :]
-                end = max(end, position + _shared_prefix(new, text, position))
-                if new and end == position + len(new):
-                    context, window, position = window, [], end
-        ends.append(end)
-    if ends:
-        ends[-1] = len(text)
-    return text, ends
+    if not ids:
+        return "", []
+    window = _Window(ids, tokenizer, skip_special_tokens)
+    for start in range(0, len(ids), _RUN):
+        run = ids[start : start + _RUN]
+        if not window.pass_over(run):
+            for token in run:
+                window.add(token)
+    return window.text, [*window.ends[:-1], len(window.text)]
+
+
+class _Window:
+    """The window of [`token_ends`]: the text of all ids, and the ends of those that it has come past."""
+
+    def __init__(self, ids: list[int], tokenizer: "PreTrainedTokenizerBase", skip_special_tokens: bool) -> None:
+        # the text of one sequence; the tokenizer would take several too, and then return a list
+        self._decode: Callable[[list[int]], Any] = partial(
+            tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        self._silent = set(tokenizer.all_special_ids) if skip_special_tokens else set()
+        self._pieces = _PIECES.setdefault(tokenizer, {True: {}, False: {}})[skip_special_tokens]
+        self.text = str(self._decode(ids))
+        self.ends: list[int] = []
+        self._end = 0
+        self._context: list[int] = []  # tokens just before the window
+        self._window: list[int] = []  # tokens whose text is incomplete
+        self._position = 0  # where in `text` the window starts
+
+    def pass_over(self, run: list[int]) -> bool:
+        """Take tokens at once, if all have a known text and these are what comes next."""
+        if self._window or not self._position:
+            return False
+        pieces = list(map(self._pieces.get, run, repeat("")))
+        if not all(pieces) or not self.text.startswith("".join(pieces), self._position):
+            return False
+        ends = accumulate(map(len, pieces), initial=self._position)
+        self.ends += list(ends)[1:]
+        self._context, self._end, self._position = run[-1:], self.ends[-1], self.ends[-1]
+        return True
+
+    def add(self, token: int) -> None:
+        """Take one token."""
+        if self._position and not self._window and self._is_next(piece := _piece(token, self._decode, self._pieces)):
+            self._context, self._end = [token], self._position + len(piece)
+            self._position = self._end
+        elif token not in self._silent:
+            self._window.append(token)
+            if len(self._window) <= _LONG_WINDOW or len(self._window).bit_count() == 1:
+                self._try_to_close()
+        self.ends.append(self._end)
+
+    def _is_next(self, piece: str) -> bool:
+        return bool(piece) and self.text.startswith(piece, self._position)
+
+    def _try_to_close(self) -> None:
+        new = self._decode(self._context + self._window)[len(self._decode(self._context)) if self._context else 0 :]
+        self._end = max(self._end, self._position + _shared_prefix(new, self.text, self._position))
+        if new and self._end == self._position + len(new):
+            self._context, self._window, self._position = self._window, [], self._end
 
 
 def _piece(token: int, decode: Callable[[list[int]], str], pieces: dict[int, str]) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
+from datasets.exceptions import DatasetGenerationError
 
 from dapo_trl.tables import to_dataset
 
@@ -218,6 +219,9 @@ class ShardStore:
         """
         Rows of all shards, in their order.
 
+        The first call copies them, uncompressed, to `.cache` in the folder: several times the size of the shards. Later
+        calls take the copy. It can be deleted when nobody reads from it.
+
         Args:
             name (`str`):
                 Name of the table.
@@ -226,6 +230,9 @@ class ShardStore:
 
         Returns:
             [`~datasets.Dataset`], memory-mapped.
+
+        Raises:
+            OSError: if the disk is full; the shards stay as they are, and nothing of the copy is left.
         """
         num_used = self.manifest["num_shards_used"] if num_used is None else num_used
         used = [index for index in range(num_used) if self.summary(index)["rows"][name]]
@@ -233,7 +240,15 @@ class ShardStore:
             return to_dataset([], self.features[name])
         files = [str(self._path(index, name)) for index in used]
         cache = str(self.folder / ".cache")
-        return Dataset.from_parquet(files, features=self.features[name], cache_dir=cache)
+        try:
+            return Dataset.from_parquet(files, features=self.features[name], cache_dir=cache)
+        except DatasetGenerationError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            raise OSError(
+                f"Could not copy the rows of `{name}` to {cache}: {error.__cause__}. The shards are complete. The copy "
+                "takes several times their size: make room for it, and call again."
+            ) from error
 
     def rows(self, index: int, name: str) -> list[dict[str, Any]]:
         """
