@@ -30,6 +30,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/prefix_tree.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/demo.py
 
 # The requirements are in setup.cfg; a change there, or of the pinned versions, installs anew.
