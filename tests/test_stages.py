@@ -2,6 +2,7 @@
 `stages.py`: what the two stages leave on disk does not depend on interruptions, portions or threads.
 """
 
+import functools
 import random
 
 import pytest
@@ -140,6 +141,13 @@ def test_manifests(tmp_path):
     assert values.manifest["config"]["sampled"] == manifest["fingerprint"]
     assert values.manifest["counts"]["states"] > 0
     assert sampled.table("sampled")[0]["level"] == 0
+
+
+def test_any_callable_judges(tmp_path):
+    """A partial function, too, which has no name of its own."""
+    reward = functools.partial(answer_reward)
+    sampled = sample_stage(PROBLEMS, SeededEngine(), reward, CONFIG, tmp_path)
+    assert sampled.manifest["config"]["reward_function"] == "functools.partial"
 
 
 @pytest.mark.parametrize(

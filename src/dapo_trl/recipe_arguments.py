@@ -47,7 +47,7 @@ class RecipeArguments:
     )
     max_concurrency: int = field(default=64, metadata={"help": "Requests under way at a time, engine 'openai'."})
     generation_batch_size: int = field(default=64, metadata={"help": "Sequences at a time, engine 'transformers'."})
-    shard_size: int = field(default=64, metadata={"help": "Problems of a shard: what a kill can cost."})
+    shard_size: int = field(default=16, metadata={"help": "Problems of a shard: what a kill can cost."})
     num_solutions: int = field(default=32, metadata={"help": "Solutions per problem. Paper: 32."})
     num_kept: int = field(default=6, metadata={"help": "Solutions kept per problem. Paper: 6."})
     num_completions: int = field(default=16, metadata={"help": "Most completions per state. Paper: 16."})

@@ -48,7 +48,7 @@ def sample_stage(
     reward_function: RewardFunction,
     config: RolloutConfig,
     folder: str | Path,
-    shard_size: int = 64,
+    shard_size: int = 16,
     num_problems: int | None = None,
 ) -> ShardStore:
     """
@@ -65,7 +65,7 @@ def sample_stage(
             Numbers of samples and how to draw them.
         folder (`str` or `Path`):
             Where the shards go. A run that was killed goes on there.
-        shard_size (`int`, *optional*, defaults to `64`):
+        shard_size (`int`, *optional*, defaults to `16`):
             Problems of a shard: what a kill can cost, and the largest batch.
         num_problems (`int`, *optional*):
             Stop when this many problems have solutions with different outcomes (dynamic sampling, arXiv 2503.14476);
@@ -83,7 +83,7 @@ def sample_stage(
         "stage": "sample",
         "problems": rows_fingerprint(problems),
         "engine": engine.describe(),
-        "reward_function": f"{reward_function.__module__}.{reward_function.__qualname__}",
+        "reward_function": _name_of(reward_function),
         "rollouts": {name: value for name, value in asdict(config).items() if name in _SAMPLE_SETTINGS},
         "shard_size": shard_size,
         "num_problems": num_problems,
@@ -147,7 +147,7 @@ def value_stage(
         "stage": "values",
         "sampled": manifest["fingerprint"],
         "engine": engine.describe(),
-        "reward_function": f"{reward_function.__module__}.{reward_function.__qualname__}",
+        "reward_function": _name_of(reward_function),
         "rollouts": asdict(config),
     }
     features = table_features(problem_features(sampled.features["sampled"]))
@@ -249,6 +249,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
     """
     while not condition():
         time.sleep(_POLL_SECONDS)
+
+
+def _name_of(function: RewardFunction) -> str:
+    """Where a function is defined, or the class of an object that is called."""
+    named: Any = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _num_needed(store: ShardStore, num_problems: int | None) -> int:
