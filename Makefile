@@ -32,6 +32,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/prefix_tree.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/iterations.py
 
 # The requirements are in setup.cfg; a change there, or of the pinned versions, installs anew.
 $(READY): setup.cfg pyproject.toml constraints.txt
