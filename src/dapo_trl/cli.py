@@ -6,7 +6,6 @@ Nothing heavy is imported before a command is known, so that `--help` answers at
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo_trl._version import __version__
+from dapo_trl.settings import did_you_mean, read_settings
 
 
 COMMANDS = {
@@ -57,17 +57,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     try:
         if command not in COMMANDS:
-            raise UsageError(f"There is no command {command!r}{_did_you_mean(command, COMMANDS)}.")
+            raise UsageError(f"There is no command {command!r}{did_you_mean(command, COMMANDS)}")
         _run(command, rest)
     except UsageError as error:
         print(f"dapo-trl: {error}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except KeyboardInterrupt:
+        print("dapo-trl: stopped. The same command goes on where it was.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_expected(error):
+            error.add_note("This was not expected. Please report it, with what `dapo-trl env` prints.")
+            raise
         if os.environ.get("DAPO_TRL_TRACEBACK"):
             raise
-        print(f"dapo-trl: {error}\nSet DAPO_TRL_TRACEBACK=1 to see where this happened.", file=sys.stderr)
+        print(f"dapo-trl: {_explain(error)}", file=sys.stderr)
+        print("Set DAPO_TRL_TRACEBACK=1 to see where this happened.", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether bad input, a machine or a network can be the reason; what is left is a mistake of the library."""
+    from_files = type(error).__module__.partition(".")[0] in ("datasets", "safetensors", "pyarrow", "huggingface_hub")
+    return from_files or isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
+
+
+def _explain(error: BaseException) -> str:
+    """The message; of errors that only say that there was one also the reason."""
+    reason = error.__cause__
+    if reason is not None and type(error).__module__.startswith("datasets"):
+        return f"{error}: {_explain(reason)}"
+    return str(error) or type(error).__name__
 
 
 def _run(command: str, arguments: list[str]) -> None:
@@ -116,47 +137,70 @@ def parse_recipe(path: str, arguments: Sequence[str] = ()) -> tuple[Any, Any]:
 
     Raises:
         UsageError: if the file is no YAML, or an argument is unknown or of the wrong kind.
+        ValueError: if there is nothing at a path of the file.
     """
     from trl import ModelConfig, TrlParser
 
-    from dapo_trl.recipe_arguments import RecipeArguments
+    from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
 
+    kinds: Any = [RecipeArguments, ModelConfig]  # TRL's annotation knows one type of dataclass at a time
     settings = _read_yaml(path)
-    for name, value in (settings.pop("env", None) or {}).items():
-        os.environ[name] = str(value)
-    known = [field.name for kind in (RecipeArguments, ModelConfig) for field in dataclasses.fields(kind)]
-    for name in settings:
-        if name not in known:
-            raise UsageError(f"{path}: there is no setting {name!r}{_did_you_mean(name, known)}.")
-    for name in _PATHS:
-        if str(settings.get(name, "")).startswith("."):
-            settings[name] = os.path.normpath(Path(path).parent / settings[name])
-    parser = TrlParser([RecipeArguments, ModelConfig], exit_on_error=False)
+    _set_environment(path, settings.pop("env", None) or {})
+    try:
+        settings = read_settings(settings, *kinds)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+    relative = [name for name in _PATHS if (settings.get(name) or "").startswith(".")]
+    for name in relative:
+        settings[name] = os.path.normpath(Path(path).parent / settings[name])
     plain = _with_sections(settings, arguments)
+    _refuse_unknown(plain, [field.name for kind in kinds for field in dataclasses.fields(kind)])
+    parser = TrlParser(kinds, exit_on_error=False, allow_abbrev=False)
     parser.set_defaults_with_config(**settings)
     try:
         recipe, model_config = parser.parse_args_into_dataclasses(plain, look_for_args_file=False)
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise UsageError(f"{path}: {error}") from error
-    except ValueError as error:
+    except (argparse.ArgumentError, ValueError) as error:
         raise UsageError(str(error)) from error
+    for name in relative:
+        value = getattr(model_config if name == "model_name_or_path" else recipe, name)
+        if value == settings[name]:  # not set anew by the command line
+            refuse_missing_path(name, os.path.join(os.curdir, value))
     return recipe, model_config
 
 
+def _set_environment(path: str, variables: Any) -> None:
+    if not isinstance(variables, dict):
+        raise UsageError(f"{path}: `env` must hold variables, `NAME: value` a line, but is {variables!r}.")
+    os.environ.update({name: str(value) for name, value in variables.items()})
+
+
 def _with_sections(settings: dict[str, Any], arguments: Sequence[str]) -> list[str]:
-    """Put `--section.name value` into the settings; the arguments that are left."""
+    """Put `--section.name value` and `--section JSON` into the settings; the arguments that are left."""
     rest: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
-        section, _, name = argument.removeprefix("--").partition(".")
-        if not (argument.startswith("--") and section in ("critic", "policy") and name):
+        option, has_value, value = argument.partition("=")
+        section, _, name = option.removeprefix("--").partition(".")
+        if not option.startswith("--") or section not in ("critic", "policy"):
             rest.append(argument)
             continue
-        name, has_value, value = name.partition("=")
-        if not has_value:
-            value = next(waiting, "")
-        settings[section] = dict(settings.get(section) or {}) | {name: _parse_value(value)}
+        text = value if has_value else next(waiting, None)
+        if text is None:
+            raise UsageError(f"{option} needs a value.")
+        entries = {name: _parse_value(text)} if name else _parse_value(text)
+        if not isinstance(entries, dict):
+            raise UsageError(f"{option} must be a JSON object, such as '{{\"max_steps\": 10}}', got {text!r}.")
+        settings[section] = dict(settings.get(section) or {}) | entries
     return rest
+
+
+def _refuse_unknown(arguments: list[str], known: list[str]) -> None:
+    if arguments and not arguments[0].startswith("-"):
+        raise UsageError(f"{arguments[0]!r} is no setting. After the recipe come settings: --name value")
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name.removeprefix("no_") not in known:
+            raise UsageError(f"There is no setting {argument.partition('=')[0]!r}{did_you_mean(name, known)}")
 
 
 def _parse_value(text: str) -> Any:
@@ -169,14 +213,15 @@ def _parse_value(text: str) -> Any:
 def _read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise UsageError(f"There is no recipe {path!r}. Check the path.")
     try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise UsageError(f"{path} must hold settings, `name: value` a line, but holds {type(settings).__name__}.")
+        held = "nothing" if settings is None else f"a {type(settings).__name__}"
+        raise UsageError(f"{path} must hold settings, `name: value` a line, but holds {held}.")
     return settings
 
 
@@ -211,10 +256,9 @@ def _help() -> str:
     lines += [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
     lines += [
         "",
-        "dapo-trl COMMAND --help lists the settings. Every stage that is done is skipped, one that was killed",
-    ]
-    lines += [
-        "goes on where it was, with the same command. Several processes: accelerate launch -m dapo_trl COMMAND ..."
+        "dapo-trl COMMAND --help lists the settings. Every stage that is done is skipped, one that was killed goes on",
+        "where it was, with the same command. Several processes, with GPUs or without:",
+        "accelerate launch --multi_gpu --num_processes N -m dapo_trl COMMAND recipe.yaml ...",
     ]
     return "\n".join(lines)
 
@@ -234,11 +278,6 @@ def _command_help(command: str) -> str:
     lines += ["Entries of a section: --critic.learning_rate 1e-5, --policy.beta 0.1"]
     lines += ["--dry-run prints what the run would cost and does nothing."]
     return "\n".join(lines)
-
-
-def _did_you_mean(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f". There are: {', '.join(known)}"
 
 
 if __name__ == "__main__":

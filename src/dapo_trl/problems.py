@@ -5,13 +5,14 @@ Problems from a local file, from the Hub, or from a Python function: rows with `
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from dapo_trl.tokenization import encode_prompt
 from dapo_trl.verifiers import check_answers
 
 
@@ -59,15 +60,21 @@ def load_problems(
         [`~datasets.DatasetDict`]: `train` and `test`, with `prompt`, `answer` and `problem_id`.
 
     Raises:
-        ValueError: if there is no such file, function, split or column, or an answer cannot be parsed.
+        ValueError: if there is no such file, function, split or column, no problem, or an answer cannot be parsed.
     """
     path, _, function = name.partition(":")
     if path.endswith(".py"):
         make_problems = _import_function(Path(path), function)
         if num_train is None or num_test is None:
             raise ValueError(f"How many problems shall {name} make? Set their numbers for training and evaluation.")
-        train = Dataset.from_list(make_problems(train_split, num_train, seed))
-        return DatasetDict(train=train, test=Dataset.from_list(make_problems(test_split, num_test, 0)))
+        try:
+            made = {
+                "train": make_problems(train_split, num_train, seed),
+                "test": make_problems(test_split, num_test, 0),
+            }
+        except Exception as error:
+            raise ValueError(f"{name} failed: {type(error).__name__}: {error}") from error
+        return _checked(DatasetDict({part: Dataset.from_list(rows) for part, rows in made.items()}), name)
     parts = _read(name, config, train_split)
     if test_split in parts:
         train, test = parts[train_split], parts[test_split]
@@ -77,9 +84,59 @@ def load_problems(
         test, train = whole.select(range(size)), whole.select(range(size, len(whole)))
     # Seeded, so that a smaller number of problems is a sample of all of them.
     train, test = _first(train.shuffle(seed=seed), num_train), _first(test.shuffle(seed=seed), num_test)
+    _refuse_empty({"train": train, "test": test}, name)
     train, test = (_as_problems(part, prompt_template, tokenizer) for part in (train, test))
     seen = {json.dumps(prompt) for prompt in train["prompt"]}
-    return DatasetDict(train=train, test=test.filter(lambda row: json.dumps(row["prompt"]) not in seen))
+    test = test.filter(lambda row: json.dumps(row["prompt"]) not in seen)
+    return _checked(DatasetDict(train=train, test=test), name)
+
+
+def _checked(parts: DatasetDict, name: str) -> DatasetDict:
+    _refuse_empty(parts, name)
+    for problems in parts.values():
+        for column in ("prompt", "answer"):
+            _find_column(problems, (column,))
+            if empty := [row for row in problems if row[column] in (None, "", [])]:
+                rows = f"{len(empty)} of {len(problems)} rows"
+                raise ValueError(f"{name}: {rows} have no {column}, the first is {empty[0]}. Leave them out.")
+        check_answers(problems["answer"])
+    return parts
+
+
+def _refuse_empty(parts: Mapping[str, Dataset], name: str) -> None:
+    for purpose, problems in zip(("train", "evaluate"), parts.values(), strict=True):
+        if not len(problems):
+            raise ValueError(f"{name} has no problem to {purpose} on. Check the file, the splits and the numbers.")
+
+
+def refuse_long_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+    """
+    Refuse prompts that leave no room for a solution, before hours of sampling.
+
+    Args:
+        problems ([`~datasets.Dataset`]):
+            Rows with `prompt` and `problem_id`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        context (`int`):
+            Longest sequence of the model, in tokens.
+
+    Raises:
+        ValueError: if there is one; the message names the first.
+    """
+    long = []
+    for row in problems:
+        # A token has a byte at least, so that hardly any prompt has to be counted. The template may add some.
+        if len(json.dumps(row["prompt"])) + 256 >= context:
+            length = len(encode_prompt(row["prompt"], tokenizer))
+            long += [(row, length)] if length >= context else []
+    if long:
+        row, length = long[0]
+        raise ValueError(
+            f"The prompt of problem {row['problem_id']!r}, {str(row['prompt'])[:60]!r}..., has {length} tokens and "
+            f"leaves no room in the model's context of {context}. So it is with {len(long)} of {len(problems)} "
+            "problems. Leave them out, or use a model with a longer context."
+        )
 
 
 def _import_function(path: Path, name: str) -> Callable[..., list[dict[str, Any]]]:
@@ -89,7 +146,10 @@ def _import_function(path: Path, name: str) -> Callable[..., list[dict[str, Any]
     assert spec is not None and spec.loader is not None  # any file that ends in .py has one
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{path} has no function {name!r}. Write `{path}:function`.")
     return getattr(module, name)
@@ -99,7 +159,11 @@ def _read(name: str, config: str | None, train_split: str) -> DatasetDict:
     kind = _KINDS.get(Path(name).suffix)
     if kind is not None and not Path(name).exists():
         raise ValueError(f"`dataset_name` is {name!r}, but there is no such file. Check the path.")
-    parts = load_dataset(kind, data_files=name) if kind is not None else load_dataset(name, config)
+    try:
+        parts = load_dataset(kind, data_files=name) if kind is not None else load_dataset(name, config)
+    except Exception as error:
+        reason = str(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"{name} cannot be read: {reason}. Check the file or the name.") from error
     if train_split not in parts:
         raise ValueError(f"{name} has no split {train_split!r}, only {list(parts)}. Set `dataset_train_split`.")
     return parts
@@ -112,12 +176,12 @@ def _as_problems(rows: Dataset, prompt_template: str, tokenizer: PreTrainedToken
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt = row[question]
         if isinstance(prompt, str):
-            prompt = prompt_template.format(question=prompt)
+            prompt = prompt_template.replace("{question}", prompt)
             prompt = [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
-        return {"prompt": prompt, "answer": str(row[answer]), "problem_id": str(row.get("problem_id", index))}
+        given = None if row[answer] is None else str(row[answer])
+        return {"prompt": prompt, "answer": given, "problem_id": str(row.get("problem_id", index))}
 
     problems = rows.map(convert, with_indices=True, remove_columns=rows.column_names, desc="Reading problems")
-    check_answers(problems["answer"])
     return problems
 
 

@@ -10,7 +10,7 @@ killed. With several iterations each policy is the next one's generator and refe
 import dataclasses
 import gc
 import json
-import shutil
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dapo_trl.advantages import add_advantages
@@ -31,12 +31,19 @@ from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import Estimate, evaluate_policy
 from dapo_trl.modeling import load_policy
-from dapo_trl.problems import load_problems
-from dapo_trl.recipe_arguments import RecipeArguments
-from dapo_trl.stages import rows_fingerprint, sample_stage, value_stage, wait_for
+from dapo_trl.problems import load_problems, refuse_long_prompts
+from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
+from dapo_trl.run_folder import last_checkpoint, made_how, model_path, policy_folder, refuse_closed_folder
+from dapo_trl.stages import process_state, rows_fingerprint, sample_stage, value_stage, wait_for
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_critic_trainer import StepCriticTrainer
-from dapo_trl.store import ShardStore, run_once, temporary_file, write_atomically
+from dapo_trl.store import (
+    ShardStore,
+    read_tables,
+    run_once,
+    temporary_file,
+    write_atomically,
+)
 from dapo_trl.summary import (
     critic_table,
     draw_values,
@@ -78,7 +85,10 @@ class Recipe:
         self.model: str = model_config.model_name_or_path
         self.folder = Path(arguments.output_dir)
         self.results: dict[str, Any] = {}
-        self._state = PartialState()
+        self._state = process_state()
+        for name in ("model_name_or_path", "critic_model_name_or_path", "dataset_name"):
+            refuse_missing_path(name, getattr(model_config if name.startswith("model") else arguments, name))
+        self._try_training_arguments()
 
     def run(self, until: str = "train") -> dict[str, Any]:
         """
@@ -97,7 +107,10 @@ class Recipe:
             ValueError: if an argument or a row is bad, the folder holds results of other settings, or no problem
                 carries signal.
         """
-        print_title(f"{len(self.problems['train']):,} problems to train on, {len(self.problems['test']):,} held out")
+        sizes = f"{len(self.problems['train']):,} problems to train on, {len(self.problems['test']):,} held out"
+        num_processes = self._state.num_processes
+        print_title(sizes if num_processes == 1 else f"{sizes}; {num_processes} processes")
+        refuse_closed_folder(self.folder)
         generator = self.model
         if until == "train":
             self.results["before"] = self.evaluate("before training", generator, self.folder / "before.json")
@@ -121,13 +134,16 @@ class Recipe:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of the model."""
-        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.arguments.trust_remote_code)
+        try:
+            return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.arguments.trust_remote_code)
+        except OSError as error:
+            raise OSError(f"`model_name_or_path` is {self.model!r}, which cannot be loaded: {error}") from error
 
     @cached_property
     def problems(self) -> DatasetDict:
         """Problems to train and to evaluate on."""
         a = self.arguments
-        return load_problems(
+        problems = load_problems(
             a.dataset_name or "",
             self.tokenizer,
             a.dataset_config,
@@ -138,6 +154,14 @@ class Recipe:
             a.prompt_template,
             a.seed,
         )
+        if a.engine != "openai":  # servers have limits of their own
+            config = AutoConfig.from_pretrained(
+                self.model, revision=self.model_config.model_revision, trust_remote_code=a.trust_remote_code
+            )
+            context = getattr(config.get_text_config(), "max_position_embeddings", None)
+            for rows in problems.values():
+                refuse_long_prompts(rows, self.tokenizer, context or sys.maxsize)
+        return problems
 
     def make_engine(self, model: str) -> Engine:
         """Sampling back end of a policy, given by name or path."""
@@ -155,6 +179,10 @@ class Recipe:
         policy = policy.to(self._state.device) if policy.device.type == "cpu" else policy
         return TransformersEngine(policy, self.tokenizer, a.generation_batch_size)
 
+    def name_of(self, model: str) -> str:
+        """A model as settings know it: by its place in the run's folder, which may be moved, or as it was given."""
+        return str(Path(model).relative_to(self.folder)) if Path(model).is_relative_to(self.folder) else model
+
     def training_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of both trainers: what suits a recipe, and what is given."""
         on_gpu = self._state.device.type == "cuda"
@@ -168,11 +196,21 @@ class Recipe:
             "bf16": on_gpu and torch.cuda.is_bf16_supported(),
             "max_length": None,  # what was sampled fits; `max_new_tokens` is the limit
             "dataloader_pin_memory": on_gpu,
+            "use_cpu": self._state.device.type == "cpu",  # or several processes would be taken for one each
             "report_to": self.arguments.report_to,
             "save_strategy": "no",
             "seed": self.arguments.seed,
         }
         return defaults | given
+
+    def _try_training_arguments(self) -> None:
+        """Refuse what a trainer would refuse, before hours of sampling."""
+        a = self.arguments
+        for section, kind in (("critic", StepCriticConfig), ("policy", DAPOConfig)):
+            try:
+                kind(str(self.folder / section), **self.training_arguments(getattr(a, section)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`{section}`: {error}") from error
 
     def evaluate(self, title: str, model: str, path: Path) -> dict[str, Any]:
         """
@@ -192,7 +230,8 @@ class Recipe:
         sampling = self.arguments.rollout_config(0).sampling
         settings = {
             "problems": rows_fingerprint(self.problems["test"]),
-            "model": model,
+            "model": self.name_of(model),
+            "made": made_how(model),
             "sampling": dataclasses.asdict(sampling),
             "k": self.arguments.eval_k,
         }
@@ -204,6 +243,7 @@ class Recipe:
             )
             return dataclasses.asdict(evaluation)
 
+        refuse_closed_folder(path.parent)
         print_title(f"Accuracy, {title}")
         if not self._state.is_main_process:  # one process samples
             wait_for(path.exists)
@@ -298,7 +338,7 @@ class _Iteration:
                 quantization_config=get_quantization_config(self.recipe.model_config),
                 peft_config=get_peft_config(self.recipe.model_config),
             )
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder, settings))
             metrics = trainer.evaluate()
             self._save(trainer)
             return {"metrics": metrics, "dropped": trainer.preprocessing_report}
@@ -328,7 +368,7 @@ class _Iteration:
             return {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs, "num_held_out": len(held_out)}
 
         settings = {
-            "critic": json.loads((folder / "stage.json").read_text())["config"],
+            "critic": made_how(str(folder)),
             "values": values.manifest["fingerprint"],
         }
         results = run_once(self.folder / "data" / "scored.json", settings, compute, self._is_main)
@@ -338,7 +378,8 @@ class _Iteration:
         if self._is_main:
             add_card_results(str(folder), critic_table(self.results["critic"]))
         data = self.folder / "data"
-        return Dataset.from_parquet(str(data / "states_critic.parquet"), cache_dir=str(data / ".cache"))
+        cure = f"Delete {data / 'scored.json'} to score the rows again"
+        return read_tables({data / "states_critic.parquet": cure}, data / ".cache")
 
     def _train_policy(self, source: str, rows: Dataset, values: str) -> None:
         title = f"{source.replace('_', ' ')} values"
@@ -355,7 +396,7 @@ class _Iteration:
                 quantization_config=get_quantization_config(self.recipe.model_config),
                 peft_config=get_peft_config(self.recipe.model_config),
             )
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder, settings))
             self._save(trainer)
             return {"dropped": trainer.preprocessing_report}
 
@@ -373,7 +414,8 @@ class _Iteration:
     def _settings(self, given: dict[str, Any], model: str, rows: str) -> dict[str, Any]:
         names = ("seed", "critic_model_name_or_path")
         shared = {name: getattr(self.arguments, name) for name in names}
-        return shared | {"arguments": given, "model": model, "rows": rows}
+        shared["model_config"] = changed_fields(self.recipe.model_config)
+        return shared | {"arguments": given, "model": self.recipe.name_of(model), "rows": rows}
 
     def _save(self, trainer: Any) -> None:
         """The model and its card; of an adapter also the model that it makes, for the stages that follow."""
@@ -386,34 +428,6 @@ class _Iteration:
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
             merged.save_pretrained(folder / "merged")
             self.recipe.tokenizer.save_pretrained(folder / "merged")
-
-
-def policy_folder(source: str) -> str:
-    """
-    Name of a policy's folder.
-
-    Args:
-        source (`str`):
-            Where its advantages come from, `"critic"` or `"monte_carlo"`.
-
-    Returns:
-        `str`.
-    """
-    return "policy" if source == "critic" else f"policy_{source}"
-
-
-def model_path(folder: Path) -> str:
-    """
-    Where a trained model is loaded from: the merged one, where an adapter was trained.
-
-    Args:
-        folder (`Path`):
-            Folder of the trainer.
-
-    Returns:
-        `str`: path.
-    """
-    return str(folder / "merged" if (folder / "merged").exists() else folder)
 
 
 def held_out_problems(solutions: Dataset) -> set[str]:
@@ -430,23 +444,20 @@ def held_out_problems(solutions: Dataset) -> set[str]:
     return set(list(dict.fromkeys(solutions["problem_id"]))[::10])
 
 
-def last_checkpoint(folder: Path) -> str | None:
+def changed_fields(config: Any) -> dict[str, Any]:
     """
-    The newest checkpoint that was written to its end; what a kill left of others is removed.
+    Fields of a dataclass that differ from their defaults.
 
     Args:
-        folder (`Path`):
-            Folder of the trainer.
+        config (dataclass):
+            Arguments.
 
     Returns:
-        `str` or `None`: path.
+        `dict`.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in checkpoints if (path / "trainer_state.json").exists()]
-    if PartialState().is_main_process:
-        for path in set(checkpoints) - set(whole):
-            shutil.rmtree(path)
-    return str(whole[-1]) if whole else None
+    defaults = type(config)()
+    given = dataclasses.asdict(config)
+    return {name: value for name, value in given.items() if value != getattr(defaults, name)}
 
 
 def results_table(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, str]]:

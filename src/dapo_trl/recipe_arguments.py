@@ -3,7 +3,10 @@ Arguments of a recipe. Nothing heavy is imported, so that `dapo-trl run --help` 
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dapo_trl.settings import read_settings
 
 
 if TYPE_CHECKING:
@@ -94,8 +97,19 @@ class RecipeArguments:
             )
         if (self.engine == "openai") != bool(self.server_urls):
             raise ValueError('`server_urls` and `engine="openai"` belong together; give both or neither.')
+        self._read_sections()
         self.num_kept = min(self.num_kept, self.num_solutions)
         self.rollout_config(0)  # refuses numbers that do not fit before anything is loaded
+
+    def _read_sections(self) -> None:
+        from dapo_trl.dapo_config import DAPOConfig
+        from dapo_trl.step_critic_config import StepCriticConfig
+
+        for section, kind in (("critic", StepCriticConfig), ("policy", DAPOConfig)):
+            entries = read_settings(getattr(self, section), kind, section=section)
+            if "output_dir" in entries:
+                raise ValueError(f"`{section}.output_dir` is a folder of `output_dir`. Remove it, or set `output_dir`.")
+            setattr(self, section, entries)
 
     def rollout_config(self, iteration: int) -> "RolloutConfig":
         """Settings of sampling; each iteration draws with seeds of its own."""
@@ -111,3 +125,21 @@ class RecipeArguments:
             sampling=SamplingConfig(max_new_tokens=self.max_new_tokens, temperature=self.temperature),
             seed=self.seed + 1_000_003 * iteration,
         )
+
+
+def refuse_missing_path(name: str, value: str | None) -> None:
+    """
+    Refuse a local path where there is nothing; what is no local path may be on the Hub.
+
+    Args:
+        name (`str`):
+            Argument that holds it.
+        value (`str`, *optional*):
+            The path, of a Python file with or without `:function`. A local one begins with `.` or `/`.
+
+    Raises:
+        ValueError: if there is nothing.
+    """
+    path = (value or "").partition(":")[0]
+    if path.startswith((".", "/")) and not Path(path).exists():
+        raise ValueError(f"`{name}` is {value!r}, but there is no such file or folder. Check the path.")

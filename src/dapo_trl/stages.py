@@ -19,7 +19,9 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 
 from dapo_trl.engines import Engine, OnCompletion
@@ -196,7 +198,7 @@ def run_shards(
         num_problems (`int`, *optional*):
             Problems with signal after which no more shards are needed. `None` for all shards.
     """
-    state = PartialState()
+    state = process_state()
     own = [index for index in range(store.num_shards) if index % state.num_processes == state.process_index]
     missing = set(store.missing())
     todo = iter([index for index in own if index in missing])
@@ -216,6 +218,18 @@ def run_shards(
         for index in _in_flight(compute, takewhile(is_needed, todo), engine.num_calls):
             bar.finish(size(index))
     wait_for(lambda: min(store.missing(), default=store.num_shards) >= _num_needed(store, num_problems))
+
+
+def process_state() -> PartialState:
+    """
+    Which process of how many this is.
+
+    [`~accelerate.PartialState`] takes several processes without a GPU for one each unless it is told of the CPU.
+
+    Returns:
+        [`~accelerate.PartialState`].
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def _in_flight(compute: Callable[[int], int], todo: Iterator[int], num_calls: int) -> Iterator[int]:

@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
@@ -110,7 +111,9 @@ class ShardStore:
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest as it is on disk."""
-        return json.loads((self.folder / "manifest.json").read_text())
+        return read_json(
+            self.folder / "manifest.json", "config", cure="Delete it, and go on with the settings of this folder"
+        )
 
     @property
     def is_complete(self) -> bool:
@@ -124,9 +127,7 @@ class ShardStore:
             write_atomically(path, _dump({"config": config, "num_shards": self.num_shards, "versions": versions()}))
         known = self.manifest
         given = config | {"num_shards": self.num_shards}
-        stored = known["config"] | {"num_shards": known["num_shards"]}
-        if differences := list(_differences(stored, given)):
-            raise ValueError(_refusal(self.folder, differences))
+        refuse_differences(self.folder, known["config"] | {"num_shards": known["num_shards"]}, given)
         if others := list(_differences(known["versions"], versions())):
             logger.warning(f"{self.folder} was begun with other package versions: {'; '.join(others)}.")
 
@@ -183,7 +184,7 @@ class ShardStore:
         Returns:
             `dict` with `rows` (by table), `counts`, `seconds` and `fingerprint`.
         """
-        return json.loads((self._shards / f"{_stem(index)}.json").read_text())
+        return read_json(self._shards / f"{_stem(index)}.json", "counts", cure="Delete it to compute the shard again")
 
     def write(self, index: int, shard: Shard) -> None:
         """
@@ -238,17 +239,8 @@ class ShardStore:
         used = [index for index in range(num_used) if self.summary(index)["rows"][name]]
         if not used:
             return to_dataset([], self.features[name])
-        files = [str(self._path(index, name)) for index in used]
-        cache = str(self.folder / ".cache")
-        try:
-            return Dataset.from_parquet(files, features=self.features[name], cache_dir=cache)
-        except DatasetGenerationError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            raise OSError(
-                f"Could not copy the rows of `{name}` to {cache}: {error.__cause__}. The shards are complete. The copy "
-                "takes several times their size: make room for it, and call again."
-            ) from error
+        cures = {self._path(index, name): self._cure(index) for index in used}
+        return read_tables(cures, self.folder / ".cache", self.features[name])
 
     def rows(self, index: int, name: str) -> list[dict[str, Any]]:
         """
@@ -263,7 +255,10 @@ class ShardStore:
         Returns:
             `list[dict]`.
         """
-        return pq.read_table(self._path(index, name)).to_pylist()
+        return _read_rows(self._path(index, name), self._cure(index)).to_pylist()
+
+    def _cure(self, index: int) -> str:
+        return f"Delete {self._shards / _stem(index)}.json to compute the shard again"
 
     def _path(self, index: int, name: str) -> Path:
         return self._shards / f"{_stem(index)}-{name}.parquet"
@@ -293,9 +288,8 @@ def run_once(
     """
     path, given = Path(path), json.loads(json.dumps(dict(settings)))
     if path.exists():
-        known = json.loads(path.read_text())
-        if differences := list(_differences(known["config"], given)):
-            raise ValueError(_refusal(path, differences))
+        known = read_json(path, "results", cure="Delete it to do this step again")
+        refuse_differences(path.parent if path.name == "stage.json" else path, known["config"], given)
         return known["results"]
     start = time.perf_counter()
     results = json.loads(json.dumps(compute()))
@@ -309,11 +303,92 @@ def run_once(
     return results
 
 
-def _refusal(place: Path, differences: list[str]) -> str:
-    return (
-        f"{place} holds results of another configuration: {'; '.join(differences)}. Go on with the old settings, or "
-        "take another folder, or delete this one to start anew."
-    )
+def read_json(path: Path, key: str, cure: str) -> dict[str, Any]:
+    """
+    Read a file of a run.
+
+    Args:
+        path (`Path`):
+            JSON file with an object.
+        key (`str`):
+            What it must hold at least.
+        cure (`str`):
+            What to do if it is damaged.
+
+    Returns:
+        `dict`.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. {cure}.") from error
+    if not isinstance(values, dict) or key not in values:
+        raise ValueError(f"{path} is damaged: it does not hold {key!r}. {cure}.")
+    return values
+
+
+def read_tables(cures: Mapping[Path, str], cache: Path, features: Features | None = None) -> Dataset:
+    """
+    Rows of parquet files, memory-mapped.
+
+    Args:
+        cures (`Mapping[Path, str]`):
+            The files, and what to do if one is missing or damaged.
+        cache (`Path`):
+            Folder for the memory map.
+        features (`Features`, *optional*):
+            Columns.
+
+    Returns:
+        [`~datasets.Dataset`].
+
+    Raises:
+        ValueError: if a file is missing or damaged.
+        OSError: if the memory map, which takes several times the files' size, finds no room.
+    """
+    try:
+        return Dataset.from_parquet([str(path) for path in cures], features=features, cache_dir=str(cache))
+    except Exception as error:
+        for path, cure in cures.items():
+            _read_rows(path, cure)  # says which file it is
+        if not (isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, OSError)):
+            raise
+        raise OSError(
+            f"Could not copy the rows to {cache}: {error.__cause__}. The files themselves are complete. The copy takes "
+            "several times their size: make room for it, and call again."
+        ) from error
+
+
+def _read_rows(path: Path, cure: str) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged or missing: {error}. {cure}.") from error
+
+
+def refuse_differences(place: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
+    """
+    Refuse to go on with other settings than those that results were made with.
+
+    Args:
+        place (`Path`):
+            Where the results are: what is to be deleted to start anew.
+        stored (`dict`):
+            Settings that they were made with, as JSON values.
+        given (`dict`):
+            Settings now.
+
+    Raises:
+        ValueError: if they differ; the message shows where.
+    """
+    if differences := list(_differences(stored, given)):
+        raise ValueError(
+            f"{place} holds results of another configuration: {'; '.join(differences)}. Go on with the old settings, "
+            "or take another folder, or delete this one to start anew."
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,115 @@
+"""
+What lies where in the folder of a run, and what a kill left of it.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from dapo_trl.store import read_json, refuse_differences, write_atomically
+
+
+def policy_folder(source: str) -> str:
+    """
+    Name of a policy's folder.
+
+    Args:
+        source (`str`):
+            Where its advantages come from, `"critic"` or `"monte_carlo"`.
+
+    Returns:
+        `str`.
+    """
+    return "policy" if source == "critic" else f"policy_{source}"
+
+
+def model_path(folder: Path) -> str:
+    """
+    Where a trained model is loaded from: the merged one, where an adapter was trained.
+
+    Args:
+        folder (`Path`):
+            Folder of the trainer.
+
+    Returns:
+        `str`: path.
+    """
+    return str(folder / "merged" if (folder / "merged").exists() else folder)
+
+
+def made_how(model: str) -> dict[str, Any] | None:
+    """
+    Settings that a model was trained with by a recipe.
+
+    Args:
+        model (`str`):
+            Name or path.
+
+    Returns:
+        `dict` or `None`: `None` if it is not from a recipe.
+    """
+    folder = Path(model)
+    stage = (folder.parent if folder.name == "merged" else folder) / "stage.json"
+    return read_json(stage, "config", cure="Delete it to do this step again")["config"] if stage.exists() else None
+
+
+def last_checkpoint(folder: Path, settings: dict[str, Any]) -> str | None:
+    """
+    The newest checkpoint that was written to its end; what a kill left of others is removed.
+
+    Args:
+        folder (`Path`):
+            Folder of the trainer.
+        settings (`dict`):
+            What the training is asked to do; kept beside the checkpoints.
+
+    Returns:
+        `str` or `None`: path.
+
+    Raises:
+        ValueError: if the checkpoints are of other settings.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in checkpoints if _is_whole(path)]
+    begun, settings = folder / "begun.json", json.loads(json.dumps(settings))
+    if whole and begun.exists():
+        known = read_json(begun, "config", cure=f"Delete {folder} to train anew")
+        refuse_differences(folder, known["config"], settings)
+    if PartialState().is_main_process:
+        for path in set(checkpoints) - set(whole):
+            shutil.rmtree(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(begun, json.dumps({"config": settings}, indent=2))
+    return str(whole[-1]) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The trainer's state is written last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def refuse_closed_folder(folder: Path) -> None:
+    """
+    Make a folder, and find out whether it can be written to before anything is computed for it.
+
+    Args:
+        folder (`Path`):
+            Folder.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to: {error}. Choose another `output_dir`.") from error
