@@ -160,6 +160,15 @@ def random_step(rng: random.Random) -> str:
     )
 
 
+@pytest.fixture(scope="session")
+def commands():
+    """Starts the command `dapo-trl` in processes of its own."""
+    from commands import Commands
+
+    with Commands() as commands:
+        yield commands
+
+
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()

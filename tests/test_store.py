@@ -160,6 +160,39 @@ def test_other_tables_are_refused(tmp_path):
         make_store(tmp_path).write(0, Shard({"numbers": []}))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("00001.json", '{"rows": {"num', "00001.json is damaged: Unterminated string.* Delete it to compute the shard"),
+        ("00001.json", "[]", "00001.json is damaged: it does not hold 'counts'. Delete it to compute the shard again"),
+        (
+            "00001-numbers.parquet",
+            "PAR1",
+            "00001-numbers.parquet is damaged or missing: .* Delete .*00001.json to",
+        ),
+        ("00001-numbers.parquet", None, "00001-numbers.parquet is damaged or missing: .* Delete .*00001.json to"),
+        ("../manifest.json", "", "manifest.json is damaged: .* Delete it, and go on with the settings of this folder"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    """With the cure, whichever way the rows are read; with it, only that shard is missing."""
+    store = make_store(tmp_path)
+    for index in range(3):
+        store.write(index, shard(index))
+    store.finish()
+    path = tmp_path / "shards" / name
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        store.table("numbers")
+    if "parquet" in name:
+        with pytest.raises(ValueError, match=message):
+            store.rows(1, "numbers")
+    (path if "json" in name else path.with_name("00001.json")).unlink()
+    assert make_store(tmp_path).missing() == ([] if "manifest" in name else [1])
+
+
 def test_a_file_is_replaced_at_once(tmp_path):
     path = tmp_path / "file.json"
     write_atomically(path, "old")

@@ -495,7 +495,7 @@ def stage_times(folder: Path) -> dict[str, dict[str, float]]:
     Returns:
         `dict`: stage -> `seconds`, summed over interruptions and processes, and `tokens` generated.
     """
-    times = {}
+    times: dict[str, dict[str, float]] = {}
     for pattern in ("before.json", "**/sampled/manifest.json", "**/values/manifest.json", "**/critic/stage.json"):
         times |= _stage_times(folder, pattern)
     for pattern in ("**/data/scored.json", "**/policy*/stage.json", "**/policy*/accuracy.json"):

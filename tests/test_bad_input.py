@@ -1,0 +1,204 @@
+"""
+Bad input to a run: one message on stderr that names what is wrong and the cure, exit code 1, no traceback.
+"""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY, make_policy, make_tokenizer
+
+
+RECIPE = str(REPOSITORY / "examples" / "recipes" / "demo.yaml")
+SMALL = (
+    *("--num_train_problems", "6", "--num_test_problems", "4", "--shard_size", "3", "--eval_k", "1"),
+    *("--num_solutions", "4", "--num_kept", "2", "--num_completions", "4"),
+    *("--critic.num_train_epochs", "1", "--policy.max_steps", "1", "--values", "critic"),
+)
+
+
+@pytest.fixture(scope="session")
+def run(commands, tmp_path_factory):
+    """Runs the recipe in a folder; exit code and what was written."""
+    log = tmp_path_factory.mktemp("log") / "log"
+
+    def run(folder, *arguments, command="run", **kwargs):
+        return commands.run(command, RECIPE, *SMALL, "--output_dir", folder, *arguments, output=log, **kwargs)
+
+    return run
+
+
+def complaint(outcome: tuple[int, str]) -> str:
+    """What was said, if it was said well: one message, and how to learn more."""
+    code, text = outcome
+    assert code == 1, text[-2000:]
+    assert "Traceback (most" not in text
+    assert text.count("dapo-trl: ") == 1
+    return text.partition("dapo-trl: ")[2]
+
+
+def lines(*rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+GOOD = {"question": "1 + 2", "answer": "3"}
+OTHER = {"question": "2 + 2", "answer": "4"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nowhere.jsonl", None, "nowhere.jsonl', but there is no such file"),
+        ("column.jsonl", lines({"a": 1, "answer": "2"}, {"a": 2, "answer": "3"}), "needs a column named 'question' or"),
+        ("column.jsonl", lines({"question": "1"}, {"question": "2"}), "needs a column named 'answer' or"),
+        ("empty.jsonl", "", "cannot be read: it is empty"),
+        ("header.csv", "question,answer\n", "header.csv cannot be read: "),
+        ("one.jsonl", lines(GOOD), "has no problem to evaluate on"),
+        ("same.jsonl", lines(GOOD, GOOD), "has no problem to evaluate on"),
+        ("broken.jsonl", lines(GOOD) + '{"question"', "broken.jsonl cannot be read: JSON parse error"),
+        ("broken.parquet", "PAR1", "broken.parquet cannot be read: "),
+        (
+            "answer.jsonl",
+            lines(GOOD | {"answer": "???"}, OTHER | {"answer": "???"}),
+            "'???': the gold answer cannot be",
+        ),
+        ("null.jsonl", lines(GOOD | {"answer": None}, OTHER), "1 of 1 rows have no answer"),
+        ("null.jsonl", lines(GOOD | {"question": None}, OTHER), "1 of 1 rows have no prompt"),
+        ("long.jsonl", lines(GOOD | {"question": "1 + " * 900}, OTHER), "leaves no room in the model's context of 64"),
+        ("broken.py", "def make(:", "broken.py cannot be imported: SyntaxError"),
+        ("none.py", "", "none.py has no function 'make'"),
+        ("fails.py", "def make(split, n, seed): return [][n]", "fails.py:make failed: IndexError"),
+        ("column.py", "def make(split, n, seed): return [{'q': '1'}] * n", "needs a column named 'prompt'"),
+        ("empty.py", "def make(split, n, seed): return []", "has no problem to train on"),
+    ],
+)
+def test_problems(tmp_path, run, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    dataset = f"{path}:make" if path.suffix == ".py" else str(path)
+    # a template of its own: the student's words, and braces that are no field
+    template = ("--prompt_template", "{question} \\boxed{}\n")
+    assert message in complaint(run(tmp_path / "run", "--dataset_name", dataset, *template))
+    assert not (tmp_path / "run" / "sampled").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_name_or_path", "./nowhere"], "`model_name_or_path` is './nowhere', but there is no such file or"),
+        (["--model_name_or_path", "nobody/nothing"], "`model_name_or_path` is 'nobody/nothing', which cannot be load"),
+        (["--critic_model_name_or_path", "/nowhere"], "`critic_model_name_or_path` is '/nowhere', but there is no"),
+        (["--policy.beta", "-1"], "`policy`: `beta` must be positive"),
+        (["--critic.optim", "sgdd"], "`critic`: sgdd is not a valid OptimizerNames"),
+        (["--num_train_problems", "0"], "has no problem to train on"),
+    ],
+)
+def test_settings(tmp_path, run, arguments, message):
+    assert message in complaint(run(tmp_path / "run", *arguments))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere", "{}/file/run"])
+@pytest.mark.parametrize("command", ["run", "sample"])
+def test_a_folder_that_cannot_be_written_to(tmp_path, run, place, command):
+    """Found out before anything is computed."""
+    (tmp_path / "file").write_text("")
+    folder = place.format(tmp_path)
+    outcome = run(folder, command=command)
+    assert complaint(outcome).startswith(f"{folder} cannot be written to")
+    assert "Choose another `output_dir`" in outcome[1]
+    assert "Evaluating" not in outcome[1]
+    assert "Loading" not in outcome[1]
+
+
+def test_no_signal(tmp_path, run):
+    """A model that knows nothing solves nothing; sampling is kept, nothing is trained."""
+    make_policy(max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    few = ("--model_name_or_path", str(tmp_path / "model"), "--max_new_tokens", "4")
+    message = complaint(run(tmp_path / "run", *few))
+    assert message.startswith("No problem carries signal")
+    assert "Use easier problems, a stronger model" in message
+    counts = json.loads((tmp_path / "run" / "sampled" / "manifest.json").read_text())["counts"]
+    assert counts["problems_all_wrong"] == 6
+    assert not (tmp_path / "run" / "policy").exists()
+
+
+# ---- What was written before ----
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert run(folder)[0] == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damaged", "cure"),
+    [
+        ("sampled/manifest.json", "Delete it, and go on with the settings of this folder"),
+        ("sampled/shards/00001.json", "Delete it to compute the shard again"),
+        ("sampled/shards/00001-sampled.parquet", "Delete {}/sampled/shards/00001.json to compute the shard again"),
+        ("values/shards/00000-solutions.parquet", "Delete {}/values/shards/00000.json to compute the shard again"),
+        ("before.json", "Delete it to do this step again"),
+        ("critic/stage.json", "Delete it to do this step again"),
+        ("data/scored.json", "Delete it to do this step again"),
+        ("data/states_critic.parquet", "Delete {}/data/scored.json to score the rows again"),
+        ("policy/accuracy.json", "Delete it to do this step again"),
+    ],
+)
+def test_damaged_files(tmp_path, run, trained, damaged, cure):
+    """Cut in the middle: named, with a cure; which helps, at the price of that piece of work alone."""
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    path = folder / damaged
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if damaged == "sampled/shards/00001-sampled.parquet":  # read only where there is work left
+        shutil.rmtree(folder / "values")
+    message = complaint(run(folder))
+    assert f"{path} is damaged" in message
+    assert cure.format(folder) in message
+    told = message.partition("Delete ")[2].split()[0]
+    (path if told.startswith("it") else Path(told)).unlink()
+    assert run(folder)[0] == 0
+    assert json.loads((folder / "results.json").read_text())["before"]["num_problems"] == 4
+
+
+def test_a_damaged_file_that_is_json(tmp_path, run, trained):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    (folder / "before.json").write_text("[]")
+    assert "before.json is damaged: it does not hold 'results'" in complaint(run(folder))
+
+
+# ---- A full disk ----
+
+
+@pytest.mark.parametrize(("size", "last"), [(3_000, "before.json"), (300_000, "values")])
+def test_a_file_that_cannot_be_written(tmp_path, run, size, last):
+    """At the first shard, and at the first model; with room again, the same command goes on."""
+    folder = tmp_path / "run"
+    assert "File too large" in complaint(run(folder, file_limit=size))
+    assert not [path for path in folder.rglob("*.tmp") if "data" not in path.parts]
+    assert (folder / last).exists()
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("*/shards/*.json")}
+    assert run(folder)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_a_full_disk(tmp_path, run):
+    """A real one, where the tests may mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        message = complaint(run(disk / "run"))
+        files = [path.name for path in disk.rglob("*")]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert "No space left on device" in message
+    assert not [name for name in files if name.endswith(".tmp")]

@@ -1,0 +1,255 @@
+"""
+`recipe.py`: a run gives the same whether it is killed, shared by processes or taken stage by stage.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from commands import ENVIRONMENT, TIMEOUT
+from conftest import REPOSITORY
+from written import done_work, records, results, rows
+
+
+RECIPE = str(REPOSITORY / "examples" / "recipes" / "demo.yaml")
+SMALL = (
+    *("--num_train_problems", "24", "--num_test_problems", "16", "--shard_size", "4", "--eval_k", "2"),
+    *("--critic.num_train_epochs", "1", "--policy.max_steps", "2"),
+)
+TABLES = ("sampled", "solutions", "states")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts, started as a user starts it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "dapo_trl", "run", RECIPE, *SMALL, "--output_dir", str(folder)],
+        **{"env": os.environ | ENVIRONMENT, "capture_output": True, "text": True, "timeout": TIMEOUT},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture
+def again(tmp_path, whole):
+    """A copy of the whole run, with the times of its files."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def test_killed_at_random_moments(commands, tmp_path, whole):
+    """Started again with the same command after every kill: the same rows and results, and no work done twice."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments = ("run", RECIPE, *SMALL, "--output_dir", folder)
+    rng = random.Random(5)
+    done: dict[str, tuple[int, int]] = {}
+    stopped = set()
+    for _ in range(8):
+        pid = commands.start(*arguments, output=log)
+        time.sleep(rng.uniform(0.3, 4.0))
+        if commands.kill(pid) != -signal.SIGKILL:
+            break  # it had come to its end
+        found = done_work(folder)
+        assert done.items() <= found.items(), "finished work was done again or lost"
+        done = found
+        stopped.add(len(done))
+    assert len(stopped) >= 3, "the kills met the run in different places"
+    code, text = commands.run(*arguments, output=log)
+    assert code == 0, text[-3000:]
+    assert done.items() <= done_work(folder).items(), "finished work was done again or lost"
+    assert rows(folder) == rows(whole)
+    assert results(folder) == results(whole)
+
+
+def test_what_is_done_is_skipped(commands, tmp_path, again, whole):
+    """
+    The second time no completion is sampled and no step is trained, also if the folder has been moved; what comes out
+    is the same.
+    """
+    before = records(again)
+    code, text = commands.run("run", RECIPE, *SMALL, "--output_dir", again, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    assert records(again) == before
+    assert "train_runtime" not in text
+    assert "Evaluating" not in text
+    assert results(again) == results(whole)
+
+
+def test_stage_by_stage(commands, tmp_path, whole):
+    """Each command adds its stage and nothing else; together they give what `run` gives."""
+    folder = tmp_path / "run"
+    new = {
+        "sample": {"sampled"},
+        "values": {"values"},
+        "critic": {"critic"},
+        "score": {"data", "values.png"},
+        "advantages": set(),
+        "train": {"policy", "policy_monte_carlo", "before.json", "results.json"},
+        "eval": {"evaluations"},
+    }
+    there: set[str] = set()
+    for stage, added in new.items():
+        code, text = commands.run(stage, RECIPE, *SMALL, "--output_dir", folder, output=tmp_path / "log")
+        assert code == 0, (stage, text[-3000:])
+        found = {path.name for path in folder.iterdir()}
+        assert found - there == added, stage
+        there = found
+    assert rows(folder) == rows(whole)
+    assert results(folder) == results(whole)
+    (evaluation,) = (folder / "evaluations").glob("*.json")
+    assert json.loads(evaluation.read_text())["results"] == results(whole)["before"]
+
+
+def test_two_iterations(commands, tmp_path):
+    """The first policy samples for the second one and is its start and reference; the critic goes on learning."""
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "run"
+    small = ("--num_train_problems", "8", "--num_test_problems", "4", "--eval_k", "1", "--num_solutions", "4")
+    arguments = (*SMALL, *small, "--values", "critic", "--iterations", "2", "--policy.min_advantage_gap", "0")
+    code, text = commands.run("run", RECIPE, *arguments, "--output_dir", folder, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    first, second = folder / "iteration-1", folder / "iteration-2"
+
+    def read(path):
+        return json.loads(path.read_text())["config"]
+
+    engines = [read(part / "sampled" / "manifest.json")["engine"] for part in (first, second)]
+    assert engines[0]["model"] != engines[1]["model"]
+    assert engines[0]["tokenizer"] == engines[1]["tokenizer"]
+    seeds = [read(part / "sampled" / "manifest.json")["rollouts"]["seed"] for part in (first, second)]
+    assert seeds[0] != seeds[1]
+    assert read(second / "policy" / "stage.json")["model"] == "iteration-1/policy"
+    assert read(second / "critic" / "stage.json")["model"] == "iteration-1/critic"
+    heads = [load_file(part / "critic" / "model.safetensors")["score.weight"].flatten() for part in (first, second)]
+    assert heads[0] @ heads[1] > 0.9 * heads[0].norm() * heads[1].norm()  # a new head would be at a right angle
+    both = json.loads((folder / "results.json").read_text())
+    assert [sorted(part) for part in both["iterations"]] == [["critic", "dropped", "policy_critic"]] * 2
+    assert both["before"]["num_problems"] == 4
+    assert "iteration 2, after, critic values" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place", "difference"),
+    [
+        (["--num_solutions", "6"], "sampled", "`rollouts.num_solutions` was 8, is now 6"),
+        (["--num_completions", "6"], "values", "`rollouts.num_completions` was 8, is now 6"),
+        (["--critic.learning_rate", "1e-3"], "critic", "`arguments.learning_rate` was 0.0005, is now 0.001"),
+        (["--lora_r", "4"], "critic", "`model_config.lora_r` was None, is now 4"),
+        (["--policy.beta", "0.2"], "policy", "`arguments.beta` was 0.1, is now 0.2"),
+        (["--eval_k", "1"], "before.json", "`k` was 2, is now 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "`" not in value else "",
+)
+def test_changed_settings_are_refused(commands, tmp_path, again, arguments, place, difference):
+    """With what differs; nothing is touched. Deleting what the message names is the cure."""
+    before = records(again)
+    command = ("run", RECIPE, *SMALL, *arguments, "--output_dir", again)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 1
+    assert f"{again / place} holds results of another configuration: {difference}" in text
+    assert "delete this one to start anew" in text
+    assert "Traceback" not in text
+    assert records(again) == before
+
+
+def test_the_cure_for_changed_settings(commands, tmp_path, again):
+    """A policy of other settings, and its accuracy, after the old one's folder is gone; all else is kept."""
+    shutil.rmtree(again / "policy")
+    before = records(again)
+    command = ("run", RECIPE, *SMALL, "--policy.beta", "0.2", "--values", "critic", "--output_dir", again)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    assert before.items() <= records(again).items()
+    assert json.loads((again / "policy" / "stage.json").read_text())["config"]["arguments"]["beta"] == 0.2
+    assert (again / "policy" / "accuracy.json").exists()
+
+
+def test_checkpoints_of_other_settings_are_refused(commands, tmp_path, again):
+    """A critic that was killed after a checkpoint goes on with its own settings only, and from where it was."""
+    for name in ("critic", "data", "policy", "policy_monte_carlo"):
+        shutil.rmtree(again / name)
+    saving = ("--critic.save_strategy", "steps", "--critic.save_steps", "1")
+    command = ("critic", RECIPE, *SMALL, *saving, "--output_dir", again)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    last = max((again / "critic").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    (again / "critic" / "stage.json").unlink()  # as if killed before the end
+    (last / "trainer_state.json").write_text('{"epoch": 0.')  # and while this was written
+    code, text = commands.run(*command, "--critic.learning_rate", "1e-3", output=tmp_path / "log")
+    assert code == 1
+    assert "critic holds results of another configuration: `arguments.learning_rate` was 0.0005" in text
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    assert f"{int(last.name.partition('-')[2]) - 1}/" in text  # the progress bar begins there
+
+
+def ranks(commands, folder, *arguments, logs):
+    """Two processes that know of each other, without a launcher; their exit codes and output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    pids = [
+        commands.start(
+            *arguments, "--output_dir", folder, output=logs / f"log-{rank}", RANK=rank, LOCAL_RANK=rank, **shared
+        )
+        for rank in ("0", "1")
+    ]
+    return [commands.wait(pid) for pid in pids], [(logs / f"log-{rank}").read_text() for rank in (0, 1)]
+
+
+def test_two_processes(commands, tmp_path, whole):
+    """They share the shards, and write the rows that one process writes."""
+    codes, texts = ranks(commands, tmp_path / "run", "values", RECIPE, *SMALL, logs=tmp_path)
+    assert codes == [0, 0], texts
+    assert "24 problems to train on, 16 held out; 2 processes" in texts[0]
+    assert "problems to train on" not in texts[1]  # one of them speaks
+    expected = rows(whole)
+    assert rows(tmp_path / "run") == {name: expected[name] for name in TABLES}
+    writers = [text.count("problems/s") > 0 for text in texts]
+    assert writers == [True, True]
+
+
+def test_two_processes_train(commands, tmp_path, again):
+    """From the values on: both train, and both find the same results."""
+    for name in ("critic", "data", "policy", "policy_monte_carlo"):
+        shutil.rmtree(again / name)
+    codes, texts = ranks(commands, again, "train", RECIPE, *SMALL, "--values", "critic", logs=tmp_path)
+    assert codes == [0, 0], texts
+    assert json.loads((again / "results.json").read_text())["policy_critic"]["num_problems"] == 16
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_processes_is_killed(commands, tmp_path, whole, victim):
+    """The launch ends with an error, also if the other one waits; the same command finishes."""
+    folder = tmp_path / "run"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["-m", "dapo_trl", "values", RECIPE, *SMALL, "--output_dir", str(folder)]
+    with (tmp_path / "log").open("w") as log:
+        launched = subprocess.Popen(launch, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
+        end = time.monotonic() + TIMEOUT
+        while not list(folder.glob("sampled/shards/*.json")) and launched.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        workers = [child for child in psutil.Process(launched.pid).children() if "dapo_trl" in child.cmdline()]
+        (one,) = [worker for worker in workers if worker.environ()["RANK"] == str(victim)]
+        one.kill()
+        assert launched.wait(TIMEOUT) != 0
+    text = (tmp_path / "log").read_text()
+    assert "2 processes" in text
+    assert "Signal 9" in text or "exitcode" in text
+    codes, texts = ranks(commands, folder, "values", RECIPE, *SMALL, logs=tmp_path)
+    assert codes == [0, 0], texts
+    expected = rows(whole)
+    assert rows(folder) == {name: expected[name] for name in TABLES}
