@@ -18,7 +18,7 @@ import pytest
 
 from commands import ENVIRONMENT, TIMEOUT
 from conftest import REPOSITORY
-from written import done_work, records, results, rows
+from written import done_work, records, results, rows, seconds
 
 
 RECIPE = str(REPOSITORY / "examples" / "recipes" / "demo.yaml")
@@ -48,7 +48,10 @@ def again(tmp_path, whole):
 
 
 def test_killed_at_random_moments(commands, tmp_path, whole):
-    """Started again with the same command after every kill: the same rows and results, and no work done twice."""
+    """
+    Started again with the same command after every kill: the same rows and results, and no finished work done twice.
+    `benchmarks/kill.py` does it to the whole demo.
+    """
     folder, log = tmp_path / "run", tmp_path / "log"
     arguments = ("run", RECIPE, *SMALL, "--output_dir", folder)
     rng = random.Random(5)
@@ -56,14 +59,14 @@ def test_killed_at_random_moments(commands, tmp_path, whole):
     stopped = set()
     for _ in range(8):
         pid = commands.start(*arguments, output=log)
-        time.sleep(rng.uniform(0.3, 4.0))
+        time.sleep(rng.uniform(0.1, 0.5 + seconds(whole) / 3))
         if commands.kill(pid) != -signal.SIGKILL:
             break  # it had come to its end
         found = done_work(folder)
         assert done.items() <= found.items(), "finished work was done again or lost"
         done = found
         stopped.add(len(done))
-    assert len(stopped) >= 3, "the kills met the run in different places"
+    assert len(stopped) >= 2, "the kills met the run in different places"
     code, text = commands.run(*arguments, output=log)
     assert code == 0, text[-3000:]
     assert done.items() <= done_work(folder).items(), "finished work was done again or lost"

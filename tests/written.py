@@ -38,6 +38,14 @@ def records(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
+def seconds(folder: Path) -> float:
+    """Time that a run's pieces of work took, without what lies between them."""
+    files = (
+        path for name in ("manifest", "stage", "before", "accuracy", "scored") for path in folder.rglob(f"{name}.json")
+    )
+    return sum(json.loads(path.read_text())["seconds"] for path in files)
+
+
 def done_work(folder: Path) -> dict[str, tuple[int, int]]:
     """Records that stay as they are: models without their `stage.json` are made again, and tables without theirs."""
     found = records(folder)
