@@ -31,6 +31,8 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/prefix_tree.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/values.py
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/iterations.py
 
