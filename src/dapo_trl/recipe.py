@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict
+from huggingface_hub import whoami
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -26,6 +27,7 @@ from dapo_trl.advantages import add_advantages
 from dapo_trl.cards import add_card_results
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.dapo_trainer import DAPOTrainer
+from dapo_trl.dataset_cards import push_stage_to_hub, stage_repo_id, write_dataset_card
 from dapo_trl.diagnostics import sibling_ranking
 from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
@@ -45,6 +47,7 @@ from dapo_trl.store import (
     write_atomically,
 )
 from dapo_trl.summary import (
+    console,
     critic_table,
     draw_values,
     print_critic,
@@ -107,6 +110,8 @@ class Recipe:
             ValueError: if an argument or a row is bad, the folder holds results of other settings, or no problem
                 carries signal.
         """
+        if self.arguments.push_to_hub and self._state.is_main_process:
+            whoami()  # nobody shall find out after hours that they are not logged in
         sizes = f"{len(self.problems['train']):,} problems to train on, {len(self.problems['test']):,} held out"
         num_processes = self._state.num_processes
         print_title(sizes if num_processes == 1 else f"{sizes}; {num_processes} processes")
@@ -294,6 +299,7 @@ class _Iteration:
         signal = a.num_problems_with_signal
         sampled = sample_stage(problems, self._engine, math_reward, self.config, folder, a.shard_size, signal)
         print_stage(sampled.manifest)
+        self._publish(sampled)
         self.results["dropped"]["sampled"] = sampled.manifest["counts"]
         return sampled
 
@@ -301,6 +307,7 @@ class _Iteration:
         print_title("Completions and values")
         values = value_stage(sampled, self._engine, math_reward, self.config, self.folder / "values")
         print_stage(values.manifest)
+        self._publish(values)
         self.results["dropped"]["values"] = values.manifest["counts"]
         del self._engine
         free_memory()
@@ -311,6 +318,22 @@ class _Iteration:
     @cached_property
     def _engine(self) -> Engine:
         return self.recipe.make_engine(self.generator)
+
+    @property
+    def _problems_on_hub(self) -> str | None:
+        """Name of the problems for a card, which links to the Hub."""
+        name = self.arguments.dataset_name or ""
+        return None if Path(name.partition(":")[0]).exists() else name
+
+    def _publish(self, stage: ShardStore) -> None:
+        """The card of a stage's data set; and the data set on the Hub, if that is wanted."""
+        if not self._is_main:
+            return
+        a = self.arguments
+        repo_id = stage_repo_id(a.hub_dataset_id, self.recipe.folder, stage.folder)
+        write_dataset_card(stage.folder, self._problems_on_hub, repo_id if a.push_to_hub else None)
+        if a.push_to_hub:
+            console.print(f"Published: {push_stage_to_hub(stage.folder, repo_id, a.hub_private_repo)}")
 
     def _write(self, rows: Dataset, name: str) -> Path:
         path = self.folder / "data" / f"{name}.parquet"
@@ -420,10 +443,8 @@ class _Iteration:
     def _save(self, trainer: Any) -> None:
         """The model and its card; of an adapter also the model that it makes, for the stages that follow."""
         folder = Path(trainer.args.output_dir)
-        name = self.arguments.dataset_name or ""
-        on_hub = not Path(name.partition(":")[0]).exists()  # a card links to the Hub
         trainer.save_model()
-        trainer.create_model_card(folder.name, name if on_hub else None)
+        trainer.create_model_card(folder.name, self._problems_on_hub)
         if self._is_main and is_peft_model(trainer.model):
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
             merged.save_pretrained(folder / "merged")

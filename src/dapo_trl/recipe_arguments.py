@@ -77,6 +77,28 @@ class RecipeArguments:
         default_factory=dict, metadata={"help": "Arguments of `DAPOConfig`, as YAML section or JSON."}
     )
     eval_k: int = field(default=4, metadata={"help": "Samples per test problem, for mean@k and pass@k."})
+    estimate: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "What `--dry-run` takes for granted: num_parameters, critic_parameters, prompt_tokens, "
+            "solution_tokens, steps, signal, shared, reuse, adaptive, contrast, siblings, num_gpus, "
+            "num_generation_gpus, gpu_tflops, generation_tokens_per_second. Meaning and defaults: `Assumptions` in "
+            "`dapo_trl/assumptions.py`."
+        },
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Publish the data sets of both sampling stages on the Hub, with their cards."}
+    )
+    hub_dataset_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where: name of the data sets, to which '-sampled' and '-values' are added. Default: the name of "
+            "the run's folder, in your own namespace."
+        },
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether they are private. Default: what is usual in the namespace."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow models with Python code of their own."})
     report_to: str = field(default="none", metadata={"help": "Where metrics go: 'none', 'wandb', 'tensorboard', ..."})
 

@@ -264,6 +264,26 @@ class ShardStore:
         return self._shards / f"{_stem(index)}-{name}.parquet"
 
 
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """
+    The manifest of a stage.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the stage.
+
+    Returns:
+        `dict`: see [`ShardStore`].
+
+    Raises:
+        ValueError: if the folder is none of a stage.
+    """
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        raise ValueError(f"{folder} is no folder of a stage: it has no `manifest.json`.")
+    return json.loads(path.read_text())
+
+
 def run_once(
     path: str | Path, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]], is_main: bool = True
 ) -> dict[str, Any]:
