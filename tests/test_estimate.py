@@ -16,6 +16,8 @@ from dapo_trl.recipe_arguments import RecipeArguments
 
 
 RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("*.yaml"))
+# of a model and problems that are known; `paper.yaml` is for others
+WHOLE_RECIPES = [path for path in RECIPES if "model_name_or_path:" in path.read_text()]
 BY_HAND = {
     "num_parameters": 1e9,
     "prompt_tokens": 20,
@@ -251,7 +253,7 @@ def test_help_names_all_settings():
 # ---- Recipes ----
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", WHOLE_RECIPES, ids=lambda path: path.stem)
 def test_recipes_say_what_they_cost(path):
     """They can be read, and the cost in their first comment is what `--dry-run` prints."""
     line = cost_line(estimate(Recipe(*parse_recipe(str(path)))))

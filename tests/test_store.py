@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_no_half_copy(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", fail)
-        with pytest.raises(OSError, match=r"rows of `numbers` to .*: .*No space left on device. .* make room"):
+        with pytest.raises(OSError, match=r"Could not copy rows to .*: .*No space left on device. .* make room"):
             store.table("numbers")
     assert not list(tmp_path.rglob("*.arrow"))
     assert store.missing() == []

@@ -24,7 +24,7 @@ def rows(folder: Path) -> dict[str, list[dict]]:
 def without_times(results: dict) -> dict:
     if not isinstance(results, dict):
         return results
-    timed = ("runtime", "per_second", "output_dir")
+    timed = ("runtime", "per_second", "seconds", "output_dir")
     return {name: without_times(value) for name, value in results.items() if not name.endswith(timed)}
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from dapo_trl.cards import PAPER
-from dapo_trl.store import read_manifest, write_atomically
+from dapo_trl.store import read_manifest, read_shard, write_atomically
 
 
 TEMPLATE = str(files("dapo_trl") / "templates" / "dataset_card.md")
@@ -227,13 +226,13 @@ def _title(folder: Path) -> str:
 def _generator(folder: Path, manifest: Mapping[str, Any]) -> str:
     for name in manifest["rows"]:
         for path in sorted((folder / "shards").glob(f"[0-9]*-{name}.parquet")):
-            if found := pq.read_table(path, columns=["generator"])["generator"].slice(0, 1).to_pylist():
+            if found := read_shard(path)["generator"].slice(0, 1).to_pylist():
                 return found[0]
     return "unknown"
 
 
 def _table(folder: Path, name: str, num_rows: int) -> dict[str, Any]:
-    schema = pq.read_schema(next((folder / "shards").glob(f"[0-9]*-{name}.parquet")))
+    schema = read_shard(min((folder / "shards").glob(f"[0-9]*-{name}.parquet"))).schema
     meanings = _COLUMNS | _VALUES.get(name, {})
     columns = [
         {"name": column, "type": _type(schema.field(column).type), "meaning": meanings.get(column, "of the problem")}

@@ -56,7 +56,7 @@ class RolloutConfig:
             Completions after which, and after every further multiple of which, a state whose value is known to
             `precision` gets no more, see [`~dapo_trl.values.StoppingRule`]. `None` gives every state
             `num_completions`, as the paper does.
-        precision (`float`, *optional*, defaults to `0.15`):
+        precision (`float`, *optional*, defaults to `0.08`):
             Posterior standard deviation of a value that is enough. Only used with `min_completions`.
         reuse (`bool`, *optional*, defaults to `True`):
             Whether completions of a state that pass through a later one count towards that one's number: they are as
@@ -74,7 +74,7 @@ class RolloutConfig:
     skip_uniform: bool = True
     seed: int = 0
     min_completions: int | None = None
-    precision: float = 0.15
+    precision: float = 0.08
     reuse: bool = True
 
     def __post_init__(self) -> None:

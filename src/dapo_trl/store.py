@@ -255,7 +255,7 @@ class ShardStore:
         Returns:
             `list[dict]`.
         """
-        return _read_rows(self._path(index, name), self._cure(index)).to_pylist()
+        return read_shard(self._path(index, name)).to_pylist()
 
     def _cure(self, index: int) -> str:
         return f"Delete {self._shards / _stem(index)}.json to compute the shard again"
@@ -377,9 +377,26 @@ def read_tables(cures: Mapping[Path, str], cache: Path, features: Features | Non
         if not (isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, OSError)):
             raise
         raise OSError(
-            f"Could not copy the rows to {cache}: {error.__cause__}. The files themselves are complete. The copy takes "
+            f"Could not copy rows to {cache}: {error.__cause__}. The files themselves are complete. The copy takes "
             "several times their size: make room for it, and call again."
         ) from error
+
+
+def read_shard(path: Path) -> pa.Table:
+    """
+    Rows of one table of a shard.
+
+    Args:
+        path (`Path`):
+            Its parquet file.
+
+    Returns:
+        `pyarrow.Table`.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    return _read_rows(path, f"Delete {path.with_name(path.name.partition('-')[0])}.json to compute the shard again")
 
 
 def _read_rows(path: Path, cure: str) -> pa.Table:
