@@ -24,8 +24,10 @@ from recording import REPOSITORY, machine, versions, write_between
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 SOURCES = ("critic", "monte_carlo")
-# Arguments that say nothing of how the demo was run: they differ by run or machine, or are for other data.
-UNRECORDED = {"seed", "output_dir", "prompt_template", "dataset_train_split", "dataset_test_split", "report_to"}
+# Arguments that say nothing of how the demo was run: they differ by run or machine, or are for other data and engines.
+UNRECORDED = {"seed", "output_dir", "prompt_template", "dataset_name", "dataset_train_split", "dataset_test_split"}
+UNRECORDED |= {"report_to", "max_concurrency", "precision", "estimate"}
+
 
 
 def run(seed: int, output_dir: Path) -> dict:
@@ -50,7 +52,7 @@ def record(runs: dict[int, dict]) -> dict:
         "arguments": {
             name: value
             for name, value in next(iter(runs.values()))["arguments"].items()
-            if name not in UNRECORDED and value is not None
+            if name not in UNRECORDED and value not in (None, False, [], {})
         },
         "runs": {
             seed: {name: results[name] for name in ("before", "critic", "policy_critic", "policy_monte_carlo")}
