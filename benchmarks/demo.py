@@ -29,7 +29,6 @@ UNRECORDED = {"seed", "output_dir", "prompt_template", "dataset_name", "dataset_
 UNRECORDED |= {"report_to", "max_concurrency", "precision", "estimate"}
 
 
-
 def run(seed: int, output_dir: Path) -> dict:
     """One run of the demo in a process of its own, with its wall-clock time."""
     results = output_dir / "results.json"
