@@ -36,7 +36,7 @@ from dapo_trl.modeling import load_policy
 from dapo_trl.problems import load_problems, refuse_long_prompts
 from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
 from dapo_trl.run_folder import last_checkpoint, made_how, model_path, policy_folder, refuse_closed_folder
-from dapo_trl.stages import process_state, rows_fingerprint, sample_stage, value_stage, wait_for
+from dapo_trl.stages import process_state, rows_fingerprint, sample_stage, value_stage
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_critic_trainer import StepCriticTrainer
 from dapo_trl.store import (
@@ -44,6 +44,7 @@ from dapo_trl.store import (
     read_tables,
     run_once,
     temporary_file,
+    wait_for,
     write_atomically,
 )
 from dapo_trl.summary import (
@@ -516,17 +517,10 @@ def stage_times(folder: Path) -> dict[str, dict[str, float]]:
     Returns:
         `dict`: stage -> `seconds`, summed over interruptions and processes, and `tokens` generated.
     """
-    times: dict[str, dict[str, float]] = {}
-    for pattern in ("before.json", "**/sampled/manifest.json", "**/values/manifest.json", "**/critic/stage.json"):
-        times |= _stage_times(folder, pattern)
-    for pattern in ("**/data/scored.json", "**/policy*/stage.json", "**/policy*/accuracy.json"):
-        times |= _stage_times(folder, pattern)
-    return times
-
-
-def _stage_times(folder: Path, pattern: str) -> dict[str, dict[str, float]]:
+    patterns = ["before.json", "**/sampled/manifest.json", "**/values/manifest.json", "**/critic/stage.json"]
+    patterns += ["**/data/scored.json", "**/policy*/stage.json", "**/policy*/accuracy.json"]
     found = {}
-    for path in sorted(folder.glob(pattern)):
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
         stage = json.loads(path.read_text())
         name = "/".join(path.relative_to(folder).with_suffix("").parts).removesuffix("/manifest").removesuffix("/stage")
         results = stage.get("results", {})

@@ -34,14 +34,13 @@ from dapo_trl.rollouts import (
     sample_solutions,
     value_solutions,
 )
-from dapo_trl.store import Shard, ShardStore
+from dapo_trl.store import Shard, ShardStore, wait_for
 from dapo_trl.tables import problem_features, table_features, with_problem_ids
 
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE_SETTINGS = ("num_solutions", "sampling", "separator", "seed")
-_POLL_SECONDS = 0.5
 
 
 def sample_stage(
@@ -251,18 +250,6 @@ def _in_flight(compute: Callable[[int], int], todo: Iterator[int], num_calls: in
         finally:
             for future in running:
                 future.cancel()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """
-    Wait until other processes have done their share; a barrier would time out after minutes.
-
-    Args:
-        condition (`Callable[[], bool]`):
-            Whether they have.
-    """
-    while not condition():
-        time.sleep(_POLL_SECONDS)
 
 
 def _name_of(function: RewardFunction) -> str:

@@ -36,6 +36,8 @@ from dapo_trl.tables import to_dataset
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS = 0.5
+
 PACKAGES = ("dapo-trl", "datasets", "torch", "transformers", "trl", "vllm", "openai")
 
 
@@ -111,9 +113,7 @@ class ShardStore:
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest as it is on disk."""
-        return read_json(
-            self.folder / "manifest.json", "config", cure="Delete it, and go on with the settings of this folder"
-        )
+        return read_manifest(self.folder)
 
     @property
     def is_complete(self) -> bool:
@@ -161,8 +161,9 @@ class ShardStore:
             "seconds": round(sum(summary["seconds"] for summary in summaries), 3),
             "fingerprint": _hash("".join(summary["fingerprint"] for summary in summaries)),
         }
-        manifest = self.manifest | results
-        if manifest != self.manifest:
+        begun = self.manifest
+        manifest = begun | results
+        if manifest != begun:
             write_atomically(self.folder / "manifest.json", _dump(manifest))
         return manifest
 
@@ -239,8 +240,8 @@ class ShardStore:
         used = [index for index in range(num_used) if self.summary(index)["rows"][name]]
         if not used:
             return to_dataset([], self.features[name])
-        cures = {self._path(index, name): self._cure(index) for index in used}
-        return read_tables(cures, self.folder / ".cache", self.features[name])
+        paths = [self._path(index, name) for index in used]
+        return read_tables({path: _cure(path) for path in paths}, self.folder / ".cache", self.features[name])
 
     def rows(self, index: int, name: str) -> list[dict[str, Any]]:
         """
@@ -256,9 +257,6 @@ class ShardStore:
             `list[dict]`.
         """
         return read_shard(self._path(index, name)).to_pylist()
-
-    def _cure(self, index: int) -> str:
-        return f"Delete {self._shards / _stem(index)}.json to compute the shard again"
 
     def _path(self, index: int, name: str) -> Path:
         return self._shards / f"{_stem(index)}-{name}.parquet"
@@ -276,12 +274,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         `dict`: see [`ShardStore`].
 
     Raises:
-        ValueError: if the folder is none of a stage.
+        ValueError: if the folder is none of a stage, or its manifest is damaged.
     """
     path = Path(folder) / "manifest.json"
     if not path.exists():
         raise ValueError(f"{folder} is no folder of a stage: it has no `manifest.json`.")
-    return json.loads(path.read_text())
+    return read_json(path, "config", cure="Delete it, and go on with the settings of this folder")
 
 
 def run_once(
@@ -318,9 +316,20 @@ def run_once(
         seconds = round(time.perf_counter() - start, 3)
         done = {"config": given, "versions": versions(), "seconds": seconds, "results": results}
         write_atomically(path, _dump(done))
-    while not path.exists():  # written by the main process
-        time.sleep(0.5)
+    wait_for(path.exists)  # written by the main process
     return results
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """
+    Wait until other processes have done their share; a barrier would time out after minutes.
+
+    Args:
+        condition (`Callable[[], bool]`):
+            Whether they have.
+    """
+    while not condition():
+        time.sleep(_POLL_SECONDS)
 
 
 def read_json(path: Path, key: str, cure: str) -> dict[str, Any]:
@@ -396,7 +405,12 @@ def read_shard(path: Path) -> pa.Table:
     Raises:
         ValueError: if the file is missing or damaged.
     """
-    return _read_rows(path, f"Delete {path.with_name(path.name.partition('-')[0])}.json to compute the shard again")
+    return _read_rows(path, _cure(path))
+
+
+def _cure(table: Path) -> str:
+    """What to do about a damaged table of a shard."""
+    return f"Delete {table.with_name(table.name.partition('-')[0])}.json to compute the shard again"
 
 
 def _read_rows(path: Path, cure: str) -> pa.Table:

@@ -3,6 +3,7 @@ Sampling back ends behind one protocol: token ids in, token ids out.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -122,6 +123,38 @@ class Engine(Protocol):
     def take_counts(self) -> dict[str, int]:
         """What is worth knowing about the completions since the last call, by name; such as `"retries"`."""
         ...
+
+
+def refuse_endless(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Refuse a tokenizer that cannot say where a completion ends.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of an engine.
+
+    Raises:
+        ValueError: if it has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no `eos_token`, so it cannot be told where a completion ends. Set "
+            "`tokenizer.eos_token` to the token that your model ends its answers with."
+        )
+
+
+def published_name(model: str) -> str:
+    """
+    Name of a model as it may be published with rows: of a local folder, its name without the path.
+
+    Args:
+        model (`str`):
+            Name or path.
+
+    Returns:
+        `str`.
+    """
+    return os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model
 
 
 def sample_seed(*parts: Hashable) -> int:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
-from dapo_trl.engines import Completion, OnCompletion, SamplingConfig
+from dapo_trl.engines import Completion, OnCompletion, SamplingConfig, published_name, refuse_endless
 from dapo_trl.engines._servers import (
     FIELDS,
     PROBE_TEMPERATURE,
@@ -157,11 +157,7 @@ class OpenAIEngine:
             import openai  # noqa: F401
         except ImportError as error:
             raise ImportError("`OpenAIEngine` needs the package `openai`: pip install dapo-trl[openai]") from error
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "The tokenizer has no `eos_token`, so it cannot be told where a completion ends. Set "
-                "`tokenizer.eos_token` to the token that your model ends its answers with."
-            )
+        refuse_endless(tokenizer)
         for name, value, least in (
             ("max_concurrency", max_concurrency, 1),
             ("max_retries", max_retries, 0),
@@ -175,7 +171,7 @@ class OpenAIEngine:
         self.model = model
         self.tokenizer: Any = tokenizer
         self._text_tokenizer: Any = copy.deepcopy(tokenizer)  # to split special tokens is a state of the tokenizer
-        self.name = os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model  # rows get published
+        self.name = published_name(model)
         self.max_concurrency = max_concurrency
         self.max_context = max_context
         self.num_calls = num_calls

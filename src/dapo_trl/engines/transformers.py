@@ -4,7 +4,6 @@ Sampling in process: one loop over tokens for a whole batch, with a seed for eac
 
 import contextlib
 import itertools
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from dapo_trl.engines import Completion, OnCompletion, SamplingConfig
+from dapo_trl.engines import Completion, OnCompletion, SamplingConfig, published_name, refuse_endless
 from dapo_trl.engines._decoding import Draw, Picker, Sequences, batches, check_tokens, reads_common_inputs
 from dapo_trl.ref_logps import model_fingerprint
 from dapo_trl.tokenization import tokenizer_fingerprint
@@ -84,18 +83,13 @@ class TransformersEngine:
     num_calls = 1
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "The tokenizer has no `eos_token`, so it cannot be told where a completion ends. Set "
-                "`tokenizer.eos_token` to the token that your model ends its answers with."
-            )
+        refuse_endless(tokenizer)
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         self.model: Any = model  # transformers declares `generate` on a mix-in only
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        path = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self.name = os.path.basename(os.path.normpath(path)) if os.path.isdir(path) else path  # rows get published
+        self.name = published_name(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

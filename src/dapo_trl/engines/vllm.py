@@ -2,13 +2,12 @@
 Sampling in process with vLLM.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dapo_trl.engines import Completion, OnCompletion, SamplingConfig
+from dapo_trl.engines import Completion, OnCompletion, SamplingConfig, published_name, refuse_endless
 from dapo_trl.tokenization import tokenizer_fingerprint
 
 
@@ -52,12 +51,8 @@ class VLLMEngine:
         except ImportError as error:
             raise ImportError("`VLLMEngine` needs vLLM: pip install dapo-trl[vllm]") from error
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError(
-                "The tokenizer has no `eos_token`, so it cannot be told where a completion ends. Set "
-                "`tokenizer.eos_token` to the token that your model ends its answers with."
-            )
-        self.name = os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model  # rows get published
+        refuse_endless(self.tokenizer)
+        self.name = published_name(model)
         self.llm = vllm.LLM(model=model, **{"enable_prefix_caching": True, **engine_kwargs})
 
     def generate(
