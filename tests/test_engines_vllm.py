@@ -134,3 +134,17 @@ def test_tokenizer_and_name_come_from_the_model(engine):
     assert student.tokenizer.eos_token_id == EOS
     assert (engine.name, student.name) == ("some/model", "student")
     assert student.llm.enable_prefix_caching is False
+
+
+def test_the_description_tells_weights_apart_and_loads_none(engine, tmp_path):
+    """A finished stage asks for the description only; two policies of the same folder name differ by their weights."""
+    assert "weights" not in engine.describe()
+    described = []
+    for part in ("first", "second"):
+        (tmp_path / part / "policy").mkdir(parents=True)
+        (tmp_path / part / "policy" / "model.safetensors").write_text(part)
+        policy = VLLMEngine(str(tmp_path / part / "policy"), make_tokenizer())
+        described.append(policy.describe())
+        assert "llm" not in vars(policy)
+    assert described[0]["model"] == described[1]["model"]
+    assert described[0]["weights"] != described[1]["weights"]

@@ -121,6 +121,15 @@ def test_a_full_disk_leaves_no_half_copy(tmp_path, monkeypatch):
     assert len(store.table("numbers")) == 6
 
 
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    store = make_store(tmp_path)
+    left = [tmp_path / "shards" / name for name in (".00001-numbers.parquet.7.7.tmp", ".00000-numbers.parquet.8.8.tmp")]
+    for path in left:
+        path.write_bytes(b"half")
+    store.write(1, shard(1))
+    assert [path.exists() for path in left] == [False, True]  # the other shard may be somebody else's, at this moment
+
+
 def test_tables_without_summary_do_not_count(tmp_path):
     """Killed between the last table and the summary: the shard is computed again."""
     store = make_store(tmp_path)

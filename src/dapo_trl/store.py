@@ -203,6 +203,8 @@ class ShardStore:
         """
         if shard.tables.keys() != self.features.keys():
             raise ValueError(f"Shard {index} has tables {list(shard.tables)}, expected {list(self.features)}.")
+        for left in self._shards.glob(f".{_stem(index)}*.tmp"):  # by a process that was killed: one works on a shard
+            left.unlink()
         fingerprints = []
         for name, rows in shard.tables.items():
             table = to_dataset(rows, self.features[name]).data.table

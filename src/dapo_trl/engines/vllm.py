@@ -2,9 +2,13 @@
 Sampling in process with vLLM.
 """
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils.sha import sha_fileobj
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dapo_trl.engines import Completion, OnCompletion, SamplingConfig, published_name, refuse_endless
@@ -47,13 +51,21 @@ class VLLMEngine:
 
     def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase | None = None, **engine_kwargs: Any) -> None:
         try:
-            import vllm
+            import vllm  # noqa: F401
         except ImportError as error:
             raise ImportError("`VLLMEngine` needs vLLM: pip install dapo-trl[vllm]") from error
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
         refuse_endless(self.tokenizer)
         self.name = published_name(model)
-        self.llm = vllm.LLM(model=model, **{"enable_prefix_caching": True, **engine_kwargs})
+        self._model = model
+        self._engine_kwargs = engine_kwargs
+
+    @cached_property
+    def llm(self) -> Any:
+        """The model, loaded when it is first asked for completions: a finished stage needs only its description."""
+        import vllm
+
+        return vllm.LLM(model=self._model, **{"enable_prefix_caching": True, **self._engine_kwargs})
 
     def generate(
         self,
@@ -86,8 +98,12 @@ class VLLMEngine:
         return completions
 
     def describe(self) -> dict[str, Any]:
-        """Kind of engine, name of the model and fingerprint of the tokenizer; see [`~dapo_trl.engines.Engine`]."""
-        return {"engine": "vllm", "model": self.name, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        """Kind of engine, name of the model, and fingerprints; see [`~dapo_trl.engines.Engine`]."""
+        described = {"engine": "vllm", "model": self.name, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        if files := sorted(Path(self._model).glob("*.safetensors")):  # a name on the Hub stands for itself
+            digest = hashlib.sha256(b"".join(map(_sha256, files)))
+            described["weights"] = digest.hexdigest()[:16]
+        return described
 
     def take_counts(self) -> dict[str, int]:
         """Nothing to report: ids go in and come out, and nothing is repeated."""
@@ -106,6 +122,11 @@ class VLLMEngine:
             ids.append(self.tokenizer.eos_token_id)
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Completion(tuple(ids), text, output.finish_reason)
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return sha_fileobj(file)
 
 
 def _sampling_params(sampling: SamplingConfig, seed: int) -> Any:
