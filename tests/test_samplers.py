@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_trl.samplers import PromptGroupSampler, group_rows
+from dapo_trl.samplers import FilledSampler, PromptGroupSampler, group_rows
 
 
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=40)
@@ -94,21 +94,41 @@ class TestPromptGroupSampler:
 
     @given(SIZES, st.integers(1, 8), st.integers(1, 4), st.integers(0, 1000))
     @often
-    def test_takes_whole_groups_that_fit(self, sizes, batch_size, batches, seed):
-        """
-        A permutation of the rows, group by group. Where any group fits into what is left of the micro-batch, one that
-        does is taken; else, where any fits into what is left of the step, one that does.
-        """
+    def test_the_split_of_a_step_changes_nothing(self, sizes, batch_size, batches, seed):
+        """A permutation of the rows, in which a step has the same rows in whichever batches they come."""
+        step_size = batch_size * batches
+        sampler = PromptGroupSampler(make_groups(sizes), batch_size, step_size, seed)
+        rows = list(sampler)
+        assert sorted(rows) == list(range(sum(sizes)))
+        assert len(sampler) == len(rows)
+        for size in {1, batch_size, step_size}:
+            other = list(PromptGroupSampler(make_groups(sizes), size, step_size, seed))
+            for start in range(0, len(rows), step_size):
+                assert sorted(rows[start : start + step_size]) == sorted(other[start : start + step_size])
+
+    @given(SIZES, st.integers(1, 24), st.integers(0, 1000))
+    @often
+    def test_takes_whole_groups_that_fit(self, sizes, step_size, seed):
+        """Group by group; where any fits into what is left of the step, one that does is taken."""
         groups = make_groups(sizes)
-        sampler = PromptGroupSampler(groups, batch_size, batch_size * batches, seed)
-        order = order_of_groups(groups, list(sampler))
-        assert len(sampler) == sum(sizes)
+        order = order_of_groups(groups, list(PromptGroupSampler(groups, step_size, step_size, seed)))
         position = 0
         for number, group in enumerate(order):
             waiting = [sizes[other] for other in order[number:]]
-            rooms = [size - position % size for size in (batch_size, batch_size * batches)]
-            room = next((room for room in rooms if min(waiting) <= room), max(waiting))
-            assert sizes[group] <= room
+            room = step_size - position % step_size
+            assert sizes[group] <= room or min(waiting) > room
+            position += sizes[group]
+
+    @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(4, 8))
+    @often
+    def test_a_step_cuts_few_groups(self, sizes, batch_size):
+        """One step has all groups; where any that is left fits into what is left of a batch, one that does is next."""
+        groups = make_groups(sizes)
+        order = order_of_groups(groups, list(PromptGroupSampler(groups, batch_size, step_size=32, seed=0)))
+        position = 0
+        for number, group in enumerate(order):
+            room = batch_size - position % batch_size
+            assert sizes[group] <= room or min(sizes[other] for other in order[number:]) > room
             position += sizes[group]
 
     @pytest.mark.parametrize("sizes", [[2] * 30, [4] * 9, [1, 2] * 20, [3, 1, 1, 1, 1] * 12])
@@ -169,3 +189,16 @@ class TestPromptGroupSampler:
         sampler = PromptGroupSampler([], batch_size=4, step_size=4, seed=0)
         assert list(sampler) == []
         assert len(sampler) == 0
+
+
+class TestFilledSampler:
+    @pytest.mark.parametrize(("size", "expected"), [(4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4, 9, 9, 9]), (0, [])])
+    def test_by_hand(self, size, expected):
+        sampler = FilledSampler(range(size), filler=9, multiple=4)
+        assert list(sampler) == expected
+        assert len(sampler) == len(expected)
+
+    def test_epochs_reach_the_sampler(self):
+        inner = PromptGroupSampler(make_groups([1] * 30), 4, 4, seed=0)
+        FilledSampler(inner, filler=30, multiple=4).set_epoch(3)
+        assert inner.epoch == 3

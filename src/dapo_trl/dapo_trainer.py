@@ -113,6 +113,7 @@ class DAPOTrainer(_StepTrainer):
     _name = "DAPO"
     _paper = PAPER
     _template_file: Any = POLICY_TEMPLATE
+    _weight_columns = ("advantages", "weights")
 
     args: DAPOConfig
     ref_model: torch.nn.Module | None
@@ -418,7 +419,7 @@ class DAPOTrainer(_StepTrainer):
         advantages, weights = inputs["advantages"], inputs["weights"]
         loss_sum = dapo_loss(logps, ref_logps, advantages, self.args.beta, weights, reduction="sum")
         if num_items_in_batch is None:
-            loss = loss_sum / weights.sum()
+            loss = loss_sum / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
         else:
             # Gradients are averaged over processes, each of which holds a part of the sum.
             loss = loss_sum * self.accelerator.num_processes / num_items_in_batch
@@ -447,26 +448,32 @@ class DAPOTrainer(_StepTrainer):
         self._record_gap(metrics, inputs)
         # Counts are per optimizer step: a micro-batch is a fraction of one.
         share = torch.tensor(1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes))
-        metrics.add("pairs", torch.tensor(float(len(inputs["advantages"]))), share)
-        metrics.add("states", inputs["state_index"][-1] + 1, share)
+        metrics.add("pairs", (inputs["weights"] > 0).sum(), share)
+        metrics.add("states", _num_states(inputs), share)
 
     def _record_gap(self, metrics: RatioMetrics, inputs: dict[str, torch.Tensor]) -> None:
         advantages = inputs["advantages"]
-        num_states = inputs["state_index"][-1] + 1
         bounds = [
-            advantages.new_zeros(int(num_states)).scatter_reduce(
+            advantages.new_zeros(int(inputs["state_index"][-1]) + 1).scatter_reduce(
                 0, inputs["state_index"], advantages, reduce=reduce, include_self=False
             )
             for reduce in ("amax", "amin")
         ]
-        metrics.add("advantage_gap", (bounds[0] - bounds[1]).sum(), num_states)
+        metrics.add("advantage_gap", (bounds[0] - bounds[1]).sum(), _num_states(inputs))
 
     # ---- Trainer hooks ----
 
     def _predictions(
         self, outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return outputs["log_ratios"], inputs["advantages"]
+        counted = inputs["weights"] > 0
+        return outputs["log_ratios"][counted], inputs["advantages"][counted]
+
+
+def _num_states(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Rows of a batch, without those that only fill it up."""
+    counted = torch.zeros_like(inputs["weights"]).index_add(0, inputs["state_index"], inputs["weights"])
+    return (counted > 0).sum()
 
 
 def _default_args(args: DAPOConfig | None, model: Any) -> DAPOConfig:

@@ -95,7 +95,7 @@ def critic_loss(
         successes (`torch.Tensor` of shape `(S,)`):
             Number of rollouts from each state that ended correct; need not be whole.
         rollouts (`torch.Tensor` of shape `(S,)`):
-            Number of rollouts from each state, positive.
+            Number of rollouts from each state. A state without any has no weight.
         weighting (`str`, *optional*, defaults to `"rollouts"`):
             `"rollouts"` or `"uniform"`.
         reduction (`str`, *optional*, defaults to `"mean"`):
@@ -121,7 +121,7 @@ def critic_loss(
     """
     _check_same_shape(logits=logits, successes=successes, rollouts=rollouts)
     logits = _at_least_float32(logits)
-    targets = successes.to(logits.dtype) / rollouts.to(logits.dtype)
+    targets = successes.to(logits.dtype) / rollouts.to(logits.dtype).clamp(min=torch.finfo(logits.dtype).tiny)
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return _reduce(losses, critic_weights(rollouts, weighting), reduction)
 
@@ -134,7 +134,7 @@ def critic_weights(rollouts: torch.Tensor, weighting: str) -> torch.Tensor:
         rollouts (`torch.Tensor` of shape `(S,)`):
             Number of rollouts from each state.
         weighting (`str`):
-            `"rollouts"` (the counts themselves) or `"uniform"` (ones).
+            `"rollouts"` (the counts themselves) or `"uniform"` (one, or zero for a state without rollouts).
 
     Returns:
         `torch.Tensor` of shape `(S,)`.
@@ -145,7 +145,7 @@ def critic_weights(rollouts: torch.Tensor, weighting: str) -> torch.Tensor:
     if weighting == "rollouts":
         return rollouts
     if weighting == "uniform":
-        return torch.ones_like(rollouts)
+        return (rollouts > 0).to(rollouts.dtype)
     raise ValueError(f"`weighting` must be 'rollouts' or 'uniform', got {weighting!r}.")
 
 

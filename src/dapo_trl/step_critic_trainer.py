@@ -113,6 +113,7 @@ class StepCriticTrainer(_StepTrainer):
     _name = "Step Critic"
     _paper = PAPER
     _template_file: Any = CRITIC_TEMPLATE
+    _weight_columns = ("successes", "rollouts")
 
     args: StepCriticConfig
 
@@ -282,7 +283,7 @@ class StepCriticTrainer(_StepTrainer):
         if not self.model.training:
             self._metrics["eval"].add("loss", loss_sum, weight)
         if num_items_in_batch is None:
-            loss = loss_sum / weight
+            loss = loss_sum / weight.clamp(min=torch.finfo(torch.float32).tiny)
         else:
             # Gradients are averaged over processes, each of which holds a part of the sum.
             loss = loss_sum * self.accelerator.num_processes / num_items_in_batch
@@ -293,7 +294,9 @@ class StepCriticTrainer(_StepTrainer):
     def _predictions(
         self, outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return outputs["logits"], torch.stack((inputs["successes"], inputs["rollouts"]), dim=1)
+        counted = inputs["rollouts"] > 0
+        labels = torch.stack((inputs["successes"], inputs["rollouts"]), dim=1)
+        return outputs["logits"][counted], labels[counted]
 
     def _compute_critic_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         values = 1 / (1 + np.exp(-np.asarray(prediction.predictions, dtype=np.float64)))

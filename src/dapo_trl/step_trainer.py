@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, tqdm
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PredictionOutput
 from trl.trainer.base_trainer import _BaseTrainer
@@ -21,7 +22,7 @@ from dapo_trl.cards import save_model_card
 from dapo_trl.collators import split_rows
 from dapo_trl.layouts import _LayoutMixin
 from dapo_trl.metrics import RatioMetrics, gather_uneven
-from dapo_trl.samplers import PromptGroupSampler, group_rows
+from dapo_trl.samplers import FilledSampler, PromptGroupSampler, group_rows
 
 
 logger = get_logger(__name__)
@@ -37,6 +38,8 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
     """
 
     loss_is_scaled_for_ga: Any = True  # by the weight of the whole optimizer step, see `_get_num_items_in_batch`
+
+    _weight_columns: tuple[str, ...]  # a row with zeros there counts nothing
 
     # types that the parent classes leave wider, or infer from a first value of `None`
     args: Any
@@ -98,6 +101,39 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.data_seed if args.data_seed is not None else args.seed
         return PromptGroupSampler(self._groups, args.train_batch_size, step_size, seed)
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Any] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        """The batches of `Trainer`; where it would repeat rows to fill the last ones, with rows that count nothing."""
+        load = partial(super()._get_dataloader, description=description, batch_size=batch_size)
+        multiple = batch_size * self.accelerator.num_processes
+        fills_itself = is_training and self.args.train_sampling_strategy == "batch_rebalance"
+        if (
+            self.accelerator.num_processes == 1
+            or not isinstance(dataset, Dataset)
+            or len(dataset) % multiple == 0
+            or self.args.dataloader_drop_last
+            or fills_itself
+        ):
+            return load(dataset, sampler_fn=sampler_fn, is_training=is_training, dataloader_key=dataloader_key)
+        sampler = (sampler_fn(dataset) if sampler_fn is not None else None) or SequentialSampler(dataset)
+        filled = FilledSampler(sampler, len(dataset), multiple)
+        dataset = concatenate_datasets([dataset, self._filler(dataset)])
+        return load(dataset, sampler_fn=lambda _: filled, is_training=is_training, dataloader_key=dataloader_key)
+
+    def _filler(self, dataset: Dataset) -> Dataset:
+        """A short row without weight."""
+        lengths = dataset["length"]
+        row = dataset[min(range(len(dataset)), key=lengths.__getitem__)]
+        weightless = {name: [0.0] * len(row[name]) for name in self._weight_columns}
+        return Dataset.from_list([row | weightless], features=dataset.features)
 
     def _prepare_datasets(
         self, train_dataset: Any, eval_dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any
