@@ -181,7 +181,7 @@ def _with_sections(settings: dict[str, Any], arguments: Sequence[str]) -> list[s
     for argument in waiting:
         option, has_value, value = argument.partition("=")
         section, _, name = option.removeprefix("--").partition(".")
-        if not option.startswith("--") or section not in ("critic", "policy", "estimate"):
+        if not option.startswith("--") or section not in ("critic", "policy", "server", "estimate"):
             rest.append(argument)
             continue
         text = value if has_value else next(waiting, None)

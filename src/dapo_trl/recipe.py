@@ -175,7 +175,11 @@ class Recipe:
         if a.engine == "openai" and model == self.model:  # what the servers serve
             from dapo_trl.engines.openai import OpenAIEngine
 
-            return OpenAIEngine(a.server_urls, model, self.tokenizer, max_concurrency=a.max_concurrency, num_calls=2)
+            num_calls = 2 if a.max_concurrency > 1 else 1
+            requests = a.max_concurrency // num_calls
+            return OpenAIEngine(
+                a.server_urls, model, self.tokenizer, max_concurrency=requests, num_calls=num_calls, **a.server
+            )
         if a.engine == "vllm":
             from dapo_trl.engines.vllm import VLLMEngine
 

@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class ServerArguments:
+    """
+    Entries of the section `server`: arguments of [`~dapo_trl.engines.openai.OpenAIEngine`], which has the defaults.
+    """
+
+    timeout: float = 600.0
+    max_retries: int = 8
+    max_context: int | None = None
+    max_downtime: float = 600.0
+
+
+@dataclass
 class RecipeArguments:
     """
     What a run does; the models are in TRL's `ModelConfig`. Defaults are the paper's, where it states them.
@@ -49,6 +61,13 @@ class RecipeArguments:
         default_factory=list, metadata={"help": "Servers of the engine 'openai', such as http://node1:8000/v1."}
     )
     max_concurrency: int = field(default=64, metadata={"help": "Requests under way at a time, engine 'openai'."})
+    server: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Arguments of `OpenAIEngine`, as YAML section or JSON: timeout (600 seconds for an answer), "
+            "max_retries (8), max_downtime (600 seconds for a server to come back), max_context (as it declares)."
+        },
+    )
     generation_batch_size: int = field(default=64, metadata={"help": "Sequences at a time, engine 'transformers'."})
     shard_size: int = field(default=16, metadata={"help": "Problems of a shard: what a kill can cost."})
     num_solutions: int = field(default=32, metadata={"help": "Solutions per problem. Paper: 32."})
@@ -119,6 +138,8 @@ class RecipeArguments:
             )
         if (self.engine == "openai") != bool(self.server_urls):
             raise ValueError('`server_urls` and `engine="openai"` belong together; give both or neither.')
+        if self.server and self.engine != "openai":
+            raise ValueError(f'`server` is about `engine="openai"`, not {self.engine!r}. Remove it.')
         self._read_sections()
         self.num_kept = min(self.num_kept, self.num_solutions)
         self.rollout_config(0)  # refuses numbers that do not fit before anything is loaded
@@ -127,7 +148,7 @@ class RecipeArguments:
         from dapo_trl.dapo_config import DAPOConfig
         from dapo_trl.step_critic_config import StepCriticConfig
 
-        for section, kind in (("critic", StepCriticConfig), ("policy", DAPOConfig)):
+        for section, kind in (("critic", StepCriticConfig), ("policy", DAPOConfig), ("server", ServerArguments)):
             entries = read_settings(getattr(self, section), kind, section=section)
             if "output_dir" in entries:
                 raise ValueError(f"`{section}.output_dir` is a folder of `output_dir`. Remove it, or set `output_dir`.")

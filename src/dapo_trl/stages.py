@@ -11,9 +11,10 @@ modulo w; nobody computes a shard that is there.
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from itertools import islice, takewhile
 from pathlib import Path
@@ -214,8 +215,13 @@ def run_shards(
         return index < _num_needed(store, num_problems)
 
     with ShardBar(desc, sum(map(size, own)), sum(size(index) for index in own if index not in missing)) as bar:
-        for index in _in_flight(compute, takewhile(is_needed, todo), engine.num_calls):
-            bar.finish(size(index))
+        try:
+            for index in _in_flight(compute, takewhile(is_needed, todo), engine.num_calls):
+                bar.finish(size(index))
+        except Exception:
+            done = store.num_shards - len(store.missing())
+            logger.error(f"{store.folder}: {done} of {store.num_shards} shards are done, and need not be done again.")
+            raise
     wait_for(lambda: min(store.missing(), default=store.num_shards) >= _num_needed(store, num_problems))
 
 
@@ -237,19 +243,29 @@ def _in_flight(compute: Callable[[int], int], todo: Iterator[int], num_calls: in
         yield from map(compute, todo)
         return
     running: set[Future[int]] = set()
-    with ThreadPoolExecutor(num_calls) as pool:
+    while True:
+        running |= {_in_thread(compute, index) for index in islice(todo, num_calls - len(running))}
+        if not running:
+            return
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        if any(future.exception() for future in done):
+            wait(running)  # they may come to their end, and are kept then
+        for future in done:
+            yield future.result()
+
+
+def _in_thread(compute: Callable[[int], int], index: int) -> "Future[int]":
+    """A call in a thread that nobody waits for when the program is interrupted, unlike those of an executor."""
+    future: Future[int] = Future()
+
+    def run() -> None:
         try:
-            while True:
-                for index in islice(todo, num_calls - len(running)):
-                    running.add(pool.submit(compute, index))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        finally:
-            for future in running:
-                future.cancel()
+            future.set_result(compute(index))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _name_of(function: RewardFunction) -> str:

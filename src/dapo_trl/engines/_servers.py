@@ -160,6 +160,7 @@ class Server:
     failures: int = 0
     rests_until: float = 0.0
     is_down: bool = False
+    told: set[str] = field(default_factory=set)
 
     def rest(self, failure: Failure) -> None:
         """Leaves the server alone for a while, longer each time. Requests that fail together count once."""
@@ -169,6 +170,9 @@ class Server:
         if failure.kind == "unreachable" and not self.is_down:
             self.is_down = True
             logger.warning(f"Cannot reach {self.url} ({failure}). Trying again until it is back.")
+        elif failure.kind in ("error", "garbage", "timeout") and failure.kind not in self.told:
+            self.told.add(failure.kind)
+            logger.warning(f"{self.url} fails: {failure}. Asking again a few times.")
 
     def recover(self) -> None:
         """It answered."""
@@ -295,7 +299,7 @@ def _status_failure(server: Server, status: int, text: str) -> Exception:
         return Failure("error", said)
     cure = "Check the settings; if the prompt is too long, set `max_context`."
     if status in (401, 403):
-        cure = "Check `api_key`."
+        cure = "Check `api_key`, or the environment variable `OPENAI_API_KEY`."
     elif status in (404, 405):
         cure = f"Check `base_urls`, which usually end in /v1, and `model`; the server lists {server.models}."
     return RuntimeError(f"{server.url} refuses a request: {said}. {cure}")

@@ -11,7 +11,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 _COUNTS = ("retries", "server_errors", "ids_rebuilt", "ids_not_round_trip", "prompts_not_round_trip")
 _GARBAGE_RETRIES = 3
 _PROBE_TOKENS, _PROBE_SEEDS = 32, (11, 12, 13, 14)
+_POLL_SECONDS = 0.05
+
+_caller: ContextVar[int] = ContextVar("_caller")  # thread that called `generate`
 
 
 class _Prompt:
@@ -161,10 +165,13 @@ class OpenAIEngine:
         for name, value, least in (
             ("max_concurrency", max_concurrency, 1),
             ("max_retries", max_retries, 0),
+            ("max_downtime", max_downtime, 0),
             ("num_calls", num_calls, 1),
         ):
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if timeout <= 0:
+            raise ValueError(f"`timeout` must be positive, got {timeout}.")
         self.base_urls = [_with_path(url) for url in ([base_urls] if isinstance(base_urls, str) else base_urls)]
         if not self.base_urls:
             raise ValueError('`base_urls` is empty. Name at least one server, such as "http://localhost:8000/v1".')
@@ -179,8 +186,10 @@ class OpenAIEngine:
         self._patience = Patience(max_retries, max_retries, _GARBAGE_RETRIES, max_downtime)
         self._probe_patience = Patience(max_retries, min(2, max_retries), min(2, max_retries), 0.0)
         self._known: dict[str, tuple[Capabilities, list[str]]] = {}  # and the models that it lists
-        self._counts: Counter[str] = Counter()
+        self._counts: dict[int, Counter[str]] = {}  # by the thread that called `generate`
         self._lock = threading.Lock()
+        self._probing = threading.Lock()
+        self._failed_probes: list[Exception] = []
 
     @property
     def capabilities(self) -> Capabilities | None:
@@ -196,7 +205,7 @@ class OpenAIEngine:
 
     def take_counts(self) -> dict[str, int]:
         """
-        Counts since the last call.
+        Counts of this thread's calls of `generate` since the last time.
 
         Returns:
             `dict[str, int]`: `retries` (requests sent again), `server_errors` (answers that were errors or could not
@@ -205,7 +214,7 @@ class OpenAIEngine:
             that gives other ids).
         """
         with self._lock:
-            counts, self._counts = self._counts, Counter()
+            counts = self._counts.pop(threading.get_ident(), Counter())
         return {name: counts[name] for name in _COUNTS}
 
     def generate(
@@ -231,6 +240,7 @@ class OpenAIEngine:
         prompts = [_Prompt(index, ids, self.tokenizer, mismatch) for index, ids in enumerate(prefixes)]
         if not any(seeds):
             return [[] for _ in prefixes]
+        _caller.set(threading.get_ident())
         return run_async(self._generate(prompts, seeds, sampling, on_completion))
 
     async def _generate(
@@ -245,7 +255,9 @@ class OpenAIEngine:
             servers = []
             for url in self.base_urls:
                 servers.append(Server(url, await stack.enter_async_context(self._transport.client(url))))
-            servers = await self._ready(servers, prompts[0])
+            deadline = time.monotonic() + self._patience.downtime
+            async with self._probed_by_one():
+                servers = await self._ready(servers, prompts[0], deadline)
             self._check(prompts, sampling)
             jobs = self._jobs(seeds)  # one iterator for all workers: each takes the next job
 
@@ -301,7 +313,7 @@ class OpenAIEngine:
 
     def _count(self, name: str, number: int = 1) -> None:
         with self._lock:
-            self._counts[name] += number
+            self._counts.setdefault(_caller.get(), Counter())[name] += number
 
     # Completions
 
@@ -335,9 +347,27 @@ class OpenAIEngine:
 
     # Probing
 
-    async def _ready(self, servers: list[Server], prompt: _Prompt) -> list[Server]:
+    @contextlib.asynccontextmanager
+    async def _probed_by_one(self) -> AsyncIterator[None]:
+        """
+        Calls in other threads wait: their probes would find out the same, and disturb each other's seeds. If the
+        servers fail meanwhile, they need not find out that either.
+        """
+        number = len(self._failed_probes)
+        while not self._probing.acquire(blocking=False):
+            await asyncio.sleep(_POLL_SECONDS)
+        try:
+            if len(self._failed_probes) > number:
+                raise self._failed_probes[-1]
+            yield
+        except (ConnectionError, TimeoutError, RuntimeError) as error:
+            self._failed_probes.append(error)
+            raise
+        finally:
+            self._probing.release()
+
+    async def _ready(self, servers: list[Server], prompt: _Prompt, deadline: float) -> list[Server]:
         """The servers whose capabilities are known, after probing the others; at least one."""
-        deadline = time.monotonic() + self._patience.downtime
         while True:
             unknown = [server for server in servers if server.url not in self._known]
             outcomes = await asyncio.gather(*(self._probe(s, prompt) for s in unknown), return_exceptions=True)
