@@ -117,6 +117,8 @@ def test_wrong_command_lines(capsys, arguments, message):
             "policy:\n  gradient_checkpointing: 3",
             "`policy.gradient_checkpointing` must be true or false, got 3",
         ),
+        ("server:\n  timout: 3", "`server` has no entry 'timout'; did you mean 'timeout'?"),
+        ("server:\n  timeout: 3", "`server` is about `engine=\"openai\"`, not 'transformers'"),
         ("env: 3", "`env` must hold variables"),
         ("iterations: 0", "`iterations` must be at least 1"),
     ],

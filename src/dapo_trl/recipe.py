@@ -177,9 +177,9 @@ class Recipe:
 
             num_calls = 2 if a.max_concurrency > 1 else 1
             requests = a.max_concurrency // num_calls
-            return OpenAIEngine(
-                a.server_urls, model, self.tokenizer, max_concurrency=requests, num_calls=num_calls, **a.server
-            )
+            settings: dict[str, Any] = {"model": model, "max_concurrency": requests, "num_calls": num_calls}
+            settings |= {name: value for name, value in a.server.items() if value is not None}
+            return OpenAIEngine(a.server_urls, tokenizer=self.tokenizer, **settings)
         if a.engine == "vllm":
             from dapo_trl.engines.vllm import VLLMEngine
 

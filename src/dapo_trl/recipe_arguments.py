@@ -19,6 +19,7 @@ class ServerArguments:
     Entries of the section `server`: arguments of [`~dapo_trl.engines.openai.OpenAIEngine`], which has the defaults.
     """
 
+    model: str | None = None
     timeout: float = 600.0
     max_retries: int = 8
     max_context: int | None = None
@@ -64,8 +65,9 @@ class RecipeArguments:
     server: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Arguments of `OpenAIEngine`, as YAML section or JSON: timeout (600 seconds for an answer), "
-            "max_retries (8), max_downtime (600 seconds for a server to come back), max_context (as it declares)."
+            "help": "Arguments of `OpenAIEngine`, as YAML section or JSON: model (its name at the servers, by default "
+            "`model_name_or_path`), timeout (600 seconds for an answer), max_retries (8), max_downtime (600 seconds "
+            "for a server to come back), max_context (as the servers declare)."
         },
     )
     generation_batch_size: int = field(default=64, metadata={"help": "Sequences at a time, engine 'transformers'."})
@@ -138,9 +140,9 @@ class RecipeArguments:
             )
         if (self.engine == "openai") != bool(self.server_urls):
             raise ValueError('`server_urls` and `engine="openai"` belong together; give both or neither.')
+        self._read_sections()
         if self.server and self.engine != "openai":
             raise ValueError(f'`server` is about `engine="openai"`, not {self.engine!r}. Remove it.')
-        self._read_sections()
         self.num_kept = min(self.num_kept, self.num_solutions)
         self.rollout_config(0)  # refuses numbers that do not fit before anything is loaded
 

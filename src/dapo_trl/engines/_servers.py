@@ -297,7 +297,7 @@ def _status_failure(server: Server, status: int, text: str) -> Exception:
         return Failure("busy", said)
     if status >= 500:
         return Failure("error", said)
-    cure = "Check the settings; if the prompt is too long, set `max_context`."
+    cure = "Check `model` and the settings; if the prompt is too long, set `max_context`."
     if status in (401, 403):
         cure = "Check `api_key`, or the environment variable `OPENAI_API_KEY`."
     elif status in (404, 405):

@@ -5,7 +5,6 @@ Sampling from servers that speak the OpenAI completions protocol: vLLM, SGLang, 
 import asyncio
 import contextlib
 import copy
-import itertools
 import logging
 import os
 import threading
@@ -414,17 +413,18 @@ class OpenAIEngine:
 
     async def _probe_fields(self, server: Server, prompt: _Prompt) -> str:
         """Finds out which forms of prompts and settings the server takes. Gives its greedy completion."""
-        for token_prompts, fields in itertools.product((True, False), FIELDS):
-            server.capabilities = Capabilities(token_prompts=token_prompts, fields=fields)
-            body = partial(self._body, prompt=prompt, sampling=SamplingConfig(_PROBE_TOKENS, temperature=0.0), seed=0)
+        forms = [Capabilities(token_prompts=ids, fields=fields) for ids in (True, False) for fields in FIELDS]
+        for form in forms:
             try:
-                (choice,) = await self._transport.ask([server], body, self._probe_patience)
+                choice = await self._ask_in_form(form, server, prompt)
             except RuntimeError:
-                if not token_prompts and fields == FIELDS[-1]:
+                if form == forms[0]:
+                    await self._ask_in_form(forms[-1], server, prompt)  # or it is not about the form
+                if form == forms[-1]:
                     raise
                 continue
             read = choice.get("prompt_tokens") or len(prompt.ids)
-            if read == len(prompt.ids) or not token_prompts:
+            if read == len(prompt.ids) or not form.token_prompts:
                 break
         ids, text = choice.get("token_ids"), choice["text"]
         if read != len(prompt.ids) or (ids is not None and self._decode(ids).strip() != text.strip()):
@@ -434,6 +434,12 @@ class OpenAIEngine:
             )
         server.capabilities = replace(server.capabilities, token_ids=ids is not None)
         return text
+
+    async def _ask_in_form(self, form: Capabilities, server: Server, prompt: _Prompt) -> dict[str, Any]:
+        """The greedy completion, asked for as of a server with these capabilities. A form that failed needs no rest."""
+        server.capabilities, server.failures, server.rests_until = form, 0, 0.0
+        body = partial(self._body, prompt=prompt, sampling=SamplingConfig(_PROBE_TOKENS, temperature=0.0), seed=0)
+        return (await self._transport.ask([server], body, self._probe_patience))[0]
 
     async def _probe_seeds(self, server: Server, prompt: _Prompt) -> tuple[list[str | None], bool]:
         """Completions, and whether they depend on their seed and on nothing but it: not on other requests either."""
