@@ -59,6 +59,10 @@ class Commands:
             os.killpg(pid, signal.SIGKILL)
         return self.wait(pid)
 
+    def interrupt(self, pid: int) -> None:
+        """What Ctrl-C does."""
+        os.killpg(pid, signal.SIGINT)
+
     def run(self, *arguments, output: Path, **kwargs) -> tuple[int, str]:
         """Exit code of a command, and what it wrote."""
         code = self.wait(self.start(*arguments, output=output, **kwargs))
@@ -87,6 +91,7 @@ def start(request: dict) -> int:
     code = 70
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
         os.environ.update(request["environment"])
         file = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         if request["file_limit"] is not None:

@@ -5,155 +5,26 @@
 import asyncio
 import json
 import os
-import random
 import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import REPOSITORY, STUDENT, make_tokenizer
+from conftest import STUDENT, make_tokenizer
 from dapo_trl import math_reward
 from dapo_trl.engines import SamplingConfig, _servers, sample_seed
 from dapo_trl.engines.openai import Capabilities, OpenAIEngine
+from http_servers import SHORT, Behaviour, FakeServer, Student, free_port
 
 
 EOS = 1
 PREFIXES = [[10, 11, 12], [20], [30, 31, 32, 33]]
 SEEDS = [[sample_seed(index, number) for number in range(5)] for index in range(3)]
-SHORT = SamplingConfig(max_new_tokens=12)
 FULL = Capabilities(True, True, True, True, True, True, "extended")
-
-
-@dataclass
-class Behaviour:
-    """What the server does. Its policy is a hash of prompt and seed, without any seed a die."""
-
-    token_prompts: bool = True
-    token_ids: bool = True
-    n: bool = True
-    seeds: bool = True
-    extra_fields: bool = True
-    seed_field: bool = True
-    hottest: float = 2.0
-    constant: str | None = None  # "any": always the same completion; "greedy": always the greedy one
-    models: list | None = field(default_factory=lambda: [{"id": "m", "max_model_len": 400}])
-    delay: float = 0.0
-
-
-class Listener(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128  # connections that wait; the others are reset
-
-
-class FakeServer:
-    """An OpenAI-compatible server of the tests' tokenizer; `answer` may take over single requests."""
-
-    def __init__(self, behaviour, port=0):
-        self.behaviour = behaviour
-        self.tokenizer = make_tokenizer()
-        self.bodies, self.in_flight, self.most_in_flight, self.drip = [], 0, 0, 0.0
-        self.answer = lambda body, number: None
-        self.choice = lambda choice: choice
-        self.lock = threading.Lock()
-        self.http = Listener(("127.0.0.1", port), type("Handler", (Handler,), {"fake": self}))
-        self.port = self.http.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @property
-    def work(self):
-        """The requests that were not probes."""
-        return [body for body in self.bodies if body["max_tokens"] == SHORT.max_new_tokens]
-
-    def stop(self):
-        self.http.shutdown()
-        self.http.server_close()
-
-    def respond(self, body):
-        """Status and body of an answer."""
-        with self.lock:
-            number, _ = len(self.bodies), self.bodies.append(body)
-        time.sleep(self.behaviour.delay)
-        taken_over = self.answer(body, number)
-        if taken_over is not None:
-            return taken_over
-        known = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "n"}
-        if not self.behaviour.extra_fields and set(body) - known:
-            return 422, {"detail": f"unexpected fields {set(body) - known}"}
-        if ("seed" in body and not self.behaviour.seed_field) or body["temperature"] > self.behaviour.hottest:
-            return 400, {"error": {"message": "unknown field, or too hot"}}
-        if not isinstance(body["prompt"], str) and not self.behaviour.token_prompts:
-            return 400, {"error": {"message": "the prompt must be a string"}}
-        count = body.get("n", 1) if self.behaviour.n else 1
-        choices = [self.choice(self.complete(body, index)) for index in range(count)]
-        read = len(self.tokenizer(body["prompt"]).input_ids if isinstance(body["prompt"], str) else body["prompt"])
-        return 200, {"choices": choices, "usage": {"prompt_tokens": read}}
-
-    def complete(self, body, index):
-        seed = body.get("seed") if self.behaviour.seeds else None
-        prompt = body["prompt"] if isinstance(body["prompt"], str) else self.tokenizer.decode(body["prompt"])
-        key = (prompt, index, random.random() if seed is None else seed)
-        if body["temperature"] == 0 or body.get("top_k") == 1 or self.behaviour.constant == "greedy":
-            key = (prompt, "greedy")
-        elif self.behaviour.constant:
-            key = (prompt, "constant")
-        rng = random.Random(repr(key))
-        ids = [*self.tokenizer("".join(rng.choices("abcdefg \n", k=rng.randrange(1, 16)))).input_ids, EOS]
-        finish_reason = "stop" if len(ids) <= body["max_tokens"] else "length"
-        ids = ids[: body["max_tokens"]]
-        choice = {"text": self.tokenizer.decode(ids, skip_special_tokens=True), "finish_reason": finish_reason}
-        return choice | ({"token_ids": ids} if self.behaviour.token_ids and body.get("return_token_ids") else {})
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1
-    disable_nagle_algorithm = True
-    fake: FakeServer
-
-    def do_GET(self):
-        models = self.fake.behaviour.models
-        self.send(*((404, {}) if models is None else (200, {"data": models})))
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.fake.lock:
-            self.fake.in_flight += 1
-            self.fake.most_in_flight = max(self.fake.most_in_flight, self.fake.in_flight)
-        try:
-            status, answer = self.fake.respond(body)
-        finally:
-            with self.fake.lock:
-                self.fake.in_flight -= 1
-        self.send(status, answer)
-
-    def send(self, status, answer):
-        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        try:
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html" if isinstance(answer, bytes) else "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            for position in range(len(content) if self.fake.drip else 0):
-                self.wfile.write(content[position : position + 1])
-                self.wfile.flush()
-                time.sleep(self.fake.drip)
-            self.wfile.write(b"" if self.fake.drip else content)
-            self.wfile.flush()
-        except OSError:
-            self.close_connection = True
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture
@@ -505,6 +376,15 @@ def test_server_that_fails_on_what_it_does_not_know(start):
     assert sampler.capabilities == replace(FULL, token_prompts=False)
 
 
+def test_server_that_fails_on_everything(start):
+    """That is found out by the first form of a request and the plainest one, before all others are tried."""
+    server = start()
+    server.answer = lambda body, number: (500, {"error": "out of memory"})
+    with pytest.raises(RuntimeError, match=r"after 3 attempts: status 500.*out of memory"):
+        engine(server).generate(PREFIXES, SEEDS, SHORT)
+    assert len(server.bodies) == 6
+
+
 def test_server_that_takes_ids_for_something_else(start):
     """Such as for text that consists of digits: the number of tokens that it read gives it away."""
     server = start()
@@ -538,6 +418,8 @@ def test_bad_arguments(start, monkeypatch):
         engine(server, tokenizer=make_tokenizer(eos_token=None))
     with pytest.raises(ValueError, match="`max_concurrency` must be at least 1, got 0"):
         engine(server, max_concurrency=0)
+    with pytest.raises(ValueError, match=r"`timeout` must be positive, got 0\."):
+        engine(server, timeout=0.0)
     with pytest.raises(ValueError, match="`base_urls` is empty"):
         engine()
     assert OpenAIEngine("http://a:1/v2/", "m", make_tokenizer()).base_urls == ["http://a:1/v2"]
@@ -548,12 +430,6 @@ def test_bad_arguments(start, monkeypatch):
 
 
 # Servers that come and go
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_one_of_two_is_down(start, caplog):
@@ -622,6 +498,34 @@ def test_anywhere(start):
         assert all(call.result() == expected for call in calls)
 
 
+def test_counts_are_those_of_the_calling_thread(start):
+    """Shards are worked on in threads, and each says what came of its own completions; servers are probed once."""
+    server = start(token_ids=False, delay=0.002)
+    sampler = engine(server)
+
+    def call(number):
+        sampler.generate(PREFIXES, [list(range(number))] * 3, SHORT)
+        time.sleep(0.05)
+        return sampler.take_counts()["ids_rebuilt"]
+
+    with ThreadPoolExecutor(3) as executor:
+        assert list(executor.map(call, [1, 5, 20])) == [3, 15, 60]
+    alone = start(token_ids=False)
+    engine(alone).generate(PREFIXES, [[0]] * 3, SHORT)
+    assert len(server.bodies) - len(server.work) == len(alone.bodies) - len(alone.work)
+
+
+def test_failing_servers_are_probed_for_one_of_several_calls(start):
+    """The others get the same error at once."""
+    server = start(delay=0.05)
+    server.answer = lambda body, number: (500, {})
+    sampler = engine(server)
+    with ThreadPoolExecutor(3) as executor:
+        calls = [executor.submit(sampler.generate, PREFIXES, SEEDS, SHORT) for _ in range(3)]
+        assert all(isinstance(call.exception(), RuntimeError) for call in calls)
+    assert len(server.bodies) == 6
+
+
 @pytest.mark.parametrize("in_loop", [False, True])
 def test_an_interrupt_ends_everything(start, in_loop):
     """Ctrl-C stops the requests that are under way, in a notebook too; so does an error from inside."""
@@ -652,40 +556,6 @@ def test_an_interrupt_ends_everything(start, in_loop):
 
 PROBLEM = "4 - 7 + 8 max 2 min 9 - 1\n"
 STATES = [PROBLEM, PROBLEM + "4 - 7 = 7\n", PROBLEM + "4 - 7 = 3\n3 + 8 = 1\n"]
-
-
-class Student:
-    """`transformers serve` with the tiny student."""
-
-    def __init__(self, folder):
-        self.folder, self.port = folder, free_port()
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        self.start()
-
-    def start(self):
-        command = "from transformers.cli.transformers import main; main()"
-        arguments = ["serve", "examples/student", "--port", str(self.port), "--host", "127.0.0.1", "--device", "cpu"]
-        environment = os.environ | {"HF_HOME": str(self.folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        (self.folder / "hub").mkdir(exist_ok=True)
-        with open(self.folder / "log", "a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", command, *arguments], cwd=REPOSITORY, env=environment, stdout=log, stderr=log
-            )
-
-    def wait(self):
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer:
-                    assert answer.status == 200
-                    return
-            except OSError:
-                assert self.process.poll() is None, (self.folder / "log").read_text()
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "log").read_text())
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="session")
