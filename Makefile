@@ -36,6 +36,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/iterations.py
 	$(BIN)/python benchmarks/kill.py
+	$(BIN)/python benchmarks/servers.py
 
 # The requirements are in setup.cfg; a change there, or of the pinned versions, installs anew.
 $(READY): setup.cfg pyproject.toml constraints.txt
