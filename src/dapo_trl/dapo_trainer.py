@@ -314,10 +314,7 @@ class DAPOTrainer(_StepTrainer):
 
     def _before_training(self) -> None:
         """Settle the layout, score all rows with the reference, once, and free it."""
-        engine = None
-        if self.ref_model is None and self.is_deepspeed_enabled:
-            # Before `train`, DeepSpeed has neither placed nor gathered the policy's weights.
-            engine = prepare_deepspeed(self.model, self.accelerator)
+        engine = self._placed_model() if self.ref_model is None and self.is_deepspeed_enabled else None
         with self._reference() as reference:
             models = [engine or reference]
             if models[0] is not self.model and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):

@@ -156,10 +156,11 @@ class StepCriticTrainer(_StepTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        known = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        known = [rows for rows in given if rows is not None]
+        models = [self._placed_model()] if known else []
         for rows in known:
-            if rows is not None:
-                self._settle_layout(rows, [self.model])
+            self._settle_layout(rows, models)
 
     def predict_values(self, dataset: Dataset, batch_size: int | None = None) -> Dataset:
         """
@@ -198,11 +199,12 @@ class StepCriticTrainer(_StepTrainer):
 
         def score(indices: list[int]) -> list[list[float]]:
             inputs = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
-            values = torch.sigmoid(self._score_without_gradients(self.model, inputs)).cpu()
+            values = torch.sigmoid(self._score_without_gradients(model, inputs)).cpu()
             sizes = [sum(map(len, rows[i]["branches"])) + rows[i]["context_is_state"] for i in indices]
             return [part.tolist() for part in values.split(sizes)]
 
-        self._settle_layout(rows, [self.model])
+        model = self._placed_model()
+        self._settle_layout(rows, [model])
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         if self.layout == "tree":
             order = sorted(order, key=lambda index: (rows[index]["prompt_key"], rows[index]["context_ids"]))

@@ -16,6 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PredictionOutput
+from trl.models import prepare_deepspeed
 from trl.trainer.base_trainer import _BaseTrainer
 
 from dapo_trl.cards import save_model_card
@@ -157,6 +158,12 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         if not isinstance(dataset, Dataset) or "branches" in dataset.column_names:
             return dataset
         return self._prepare_dataset(dataset, self.processing_class, self.args, name)
+
+    def _placed_model(self) -> torch.nn.Module:
+        """The model as it can be called: DeepSpeed places weights when training starts, or here, to score only."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            return prepare_deepspeed(self.model, self.accelerator)
+        return self.model
 
     def _score_rows(
         self,
