@@ -33,6 +33,8 @@ _TABLES = {
 }
 _COLUMNS = {
     "prompt": "the problem, as the model was given it",
+    "tools": "tools that the chat template was given",
+    "chat_template_kwargs": "further arguments of the chat template",
     "answer": "the right answer",
     "problem_id": "tells problems apart",
     "prompt_ids": "token ids of the prompt",

@@ -12,7 +12,7 @@ from datasets import Dataset
 from dapo_trl.engines import Engine, SamplingConfig, sample_seed
 from dapo_trl.progress import CompletionBar
 from dapo_trl.rollouts import judge
-from dapo_trl.tokenization import encode_prompt
+from dapo_trl.tokenization import encode_prompt, template_arguments
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def evaluate_policy(
 
     Args:
         problems ([`~datasets.Dataset`]):
-            Rows with `prompt` and the columns that the reward function takes.
+            Rows with `prompt` and the columns that the reward function takes. `tools` and `chat_template_kwargs` go to
+            the chat template.
         engine ([`~dapo_trl.engines.Engine`]):
             Sampling back end of the policy.
         reward_function (`Callable`):
@@ -105,7 +106,7 @@ def evaluate_policy(
         raise ValueError("There is no problem to evaluate on: the data set is empty.")
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
-    prefixes = [encode_prompt(row["prompt"], engine.tokenizer) for row in problems]
+    prefixes = [encode_prompt(row["prompt"], engine.tokenizer, **template_arguments(row)) for row in problems]
     seeds = [[sample_seed(seed, index, number) for number in range(k)] for index in range(len(prefixes))]
     with CompletionBar(len(prefixes), "Evaluating (greedy)") as bar:
         greedy = engine.generate(prefixes, [group[:1] for group in seeds], replace(sampling, temperature=0.0), bar.add)

@@ -21,7 +21,13 @@ from trl.data_utils import extract_prompt
 from dapo_trl.advantages import advantage_gap, sibling_advantages, step_advantages, with_true_rewards
 from dapo_trl.formats import check_dataset
 from dapo_trl.ref_logps import check_ref_logps_are_complete, check_ref_tokenizer, read_ref_logps, row_fingerprint
-from dapo_trl.tokenization import encode_preference, encode_solution, encode_state, tokenizer_fingerprint
+from dapo_trl.tokenization import (
+    encode_preference,
+    encode_solution,
+    encode_state,
+    template_arguments,
+    tokenizer_fingerprint,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -140,9 +146,7 @@ def tokenize_row(row: dict[str, Any], row_format: str, tokenizer: PreTrainedToke
     Returns:
         `dict` with `context_ids` (`list[int]`) and `branches` (`list[list[list[int]]]`).
     """
-    template_kwargs = {name: row[name] for name in ("tools",) if row.get(name)} | (
-        row.get("chat_template_kwargs") or {}
-    )
+    template_kwargs = template_arguments(row)
     if row_format == "state":
         candidates_ids = row.get("candidates_ids")
         if candidates_ids is None:

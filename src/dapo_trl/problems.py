@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from dapo_trl.tokenization import encode_prompt
+from dapo_trl.tokenization import TEMPLATE_COLUMNS, encode_prompt, template_arguments
 from dapo_trl.verifiers import check_answers
 
 
@@ -57,7 +57,8 @@ def load_problems(
             Seed of the sample.
 
     Returns:
-        [`~datasets.DatasetDict`]: `train` and `test`, with `prompt`, `answer` and `problem_id`.
+        [`~datasets.DatasetDict`]: `train` and `test`, with `prompt`, `answer` and `problem_id`, and with `tools` and
+        `chat_template_kwargs` if the data set has them.
 
     Raises:
         ValueError: if there is no such file, function, split or column, no problem, or an answer cannot be parsed.
@@ -115,7 +116,7 @@ def refuse_long_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, c
 
     Args:
         problems ([`~datasets.Dataset`]):
-            Rows with `prompt` and `problem_id`.
+            Rows with `prompt` and `problem_id`, and `tools` and `chat_template_kwargs` where they have them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         context (`int`):
@@ -127,8 +128,9 @@ def refuse_long_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, c
     long = []
     for row in problems:
         # A token has a byte at least, so that hardly any prompt has to be counted. The template may add some.
-        if len(json.dumps(row["prompt"])) + 256 >= context:
-            length = len(encode_prompt(row["prompt"], tokenizer))
+        given = [row[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in row]
+        if len(json.dumps(given)) + 256 >= context:
+            length = len(encode_prompt(row["prompt"], tokenizer, **template_arguments(row)))
             long += [(row, length)] if length >= context else []
     if long:
         row, length = long[0]
@@ -172,6 +174,7 @@ def _read(name: str, config: str | None, train_split: str) -> DatasetDict:
 def _as_problems(rows: Dataset, prompt_template: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Rows with a question and an answer, as prompts: conversational if the tokenizer has a chat template."""
     question, answer = _find_column(rows, _QUESTION_COLUMNS), _find_column(rows, _ANSWER_COLUMNS)
+    dropped = [name for name in rows.column_names if name not in TEMPLATE_COLUMNS]
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt = row[question]
@@ -181,7 +184,7 @@ def _as_problems(rows: Dataset, prompt_template: str, tokenizer: PreTrainedToken
         given = None if row[answer] is None else str(row[answer])
         return {"prompt": prompt, "answer": given, "problem_id": str(row.get("problem_id", index))}
 
-    problems = rows.map(convert, with_indices=True, remove_columns=rows.column_names, desc="Reading problems")
+    problems = rows.map(convert, with_indices=True, remove_columns=dropped, desc="Reading problems")
     return problems
 
 

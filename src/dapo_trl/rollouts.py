@@ -20,8 +20,8 @@ from dapo_trl.engines import Completion, Engine, OnCompletion, SamplingConfig, s
 from dapo_trl.progress import CompletionBar
 from dapo_trl.state_tree import Rollout, StateTree
 from dapo_trl.steps import Separator, split_ids
-from dapo_trl.tables import problem_row, table_features, to_dataset, with_problem_ids
-from dapo_trl.tokenization import Prompt, encode_prompt, tokenizer_fingerprint
+from dapo_trl.tables import PROBLEM_COLUMNS, problem_row, table_features, to_dataset, with_problem_ids
+from dapo_trl.tokenization import Prompt, encode_prompt, template_arguments, tokenizer_fingerprint
 from dapo_trl.values import State, StoppingRule
 
 
@@ -135,7 +135,8 @@ def sample_solutions(
 
     Args:
         problems (sequence of `dict`):
-            Rows with `prompt` (text or messages), `problem_id` and whatever columns the reward function takes.
+            Rows with `prompt` (text or messages), `problem_id` and whatever columns the reward function takes. `tools`
+            and `chat_template_kwargs` go to the chat template.
         engine ([`~dapo_trl.engines.Engine`]):
             Sampling back end of the reference policy.
         reward_function (`Callable`):
@@ -154,7 +155,8 @@ def sample_solutions(
     requests = []
     for problem in problems:
         seeds = [sample_seed(config.seed, problem["problem_id"], number) for number in range(config.num_solutions)]
-        requests.append(_Request(problem, (), encode_prompt(problem["prompt"], engine.tokenizer), seeds))
+        prompt_ids = encode_prompt(problem["prompt"], engine.tokenizer, **template_arguments(problem))
+        requests.append(_Request(problem, (), prompt_ids, seeds))
     rows = []
     for request, rollouts in zip(requests, sampler.sample(requests), strict=True):
         for number, rollout in enumerate(rollouts):
@@ -250,6 +252,7 @@ def collect_rollouts(
     Args:
         problems ([`~datasets.Dataset`]):
             Rows with `prompt` (text or messages) and whatever columns the reward function takes, such as `answer`.
+            `tools` and `chat_template_kwargs` go to the chat template, and stay with the rows.
         engine ([`~dapo_trl.engines.Engine`]):
             Sampling back end of the reference policy.
         reward_function (`Callable`):
@@ -411,7 +414,7 @@ def _harvest(
     """
     outcomes = [] if config.skip_uniform else [row["reward"] for row in rows if row["reward"] is not None]
     solutions, states, left_out = tree.rows(outcomes)
-    source: Row = {name: rows[0][name] for name in ("prompt", "answer", "problem_id") if name in rows[0]}
+    source: Row = {name: rows[0][name] for name in PROBLEM_COLUMNS if name in rows[0]}
     source |= {"prompt_ids": list(rows[0]["prompt_ids"])} | sampler.lineage
     tables["solutions"] += [source | row for row in solutions]
     tables["states"] += [source | row for row in states]

@@ -7,6 +7,11 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
+from dapo_trl.tokenization import TEMPLATE_COLUMNS
+
+
+# columns of a problem that its solution rows and state rows have too
+PROBLEM_COLUMNS = ("prompt", *TEMPLATE_COLUMNS, "answer", "problem_id")
 
 # what a sampled solution adds to the columns of its problem
 _SAMPLED = {
@@ -47,7 +52,7 @@ def table_features(problem_features: Features) -> dict[str, Features]:
         raise ValueError(
             f"The problems have columns {', '.join(map(repr, taken))}, which sampling adds. Remove or rename them."
         )
-    kept = {name: problem_features[name] for name in ("prompt", "answer", "problem_id") if name in problem_features}
+    kept = {name: problem_features[name] for name in PROBLEM_COLUMNS if name in problem_features}
     lineage = {name: _SAMPLED[name] for name in _LINEAGE}
     states = {
         "prefix": List(Value("string")),

@@ -6,18 +6,71 @@ tokenized in its context and cut where the steps end.
 """
 
 import hashlib
+import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, common_prefix_length
+from trl.trainer.utils import remove_none_values
 
 from dapo_trl.steps import token_ends
 
 
 Prompt = str | list[dict[str, Any]]
+
+# columns that a chat template is given beside the prompt
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+
+
+def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What the chat template gets of a row beside its prompt.
+
+    Args:
+        row (`Mapping`):
+            Problem or row of any format. Reads `tools` (list of schemas, or the same as JSON) and
+            `chat_template_kwargs` (`dict`), both optional. Entries that are null do not count: a table fills them in
+            where another row has such an entry.
+
+    Returns:
+        `dict[str, Any]`: keyword arguments of [`encode_prompt`] and its like.
+
+    Raises:
+        ValueError: if `tools` is text, but not JSON, or a column is of the wrong kind.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.tokenization import template_arguments
+
+    >>> template_arguments({"prompt": [], "tools": None, "chat_template_kwargs": {"enable_thinking": False}})
+    {'enable_thinking': False}
+
+    ```
+    """
+    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"column `tools`: not JSON ({error}), got {tools[:80]!r}. Give a list of schemas, or that as JSON."
+            ) from error
+    if not isinstance(tools or [], list) or not all(isinstance(tool, Mapping) for tool in tools or []):
+        raise ValueError(f"column `tools`: expected a list of schemas, got {str(tools)[:80]}. Write one dict per tool.")
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(
+            f"column `chat_template_kwargs`: expected a dict, got {str(kwargs)[:80]!r}. Write names and values."
+        )
+    if "tools" in kwargs:
+        raise ValueError("column `chat_template_kwargs`: `tools` has a column of its own. Move it there.")
+    arguments: dict[str, Any] = dict(remove_none_values(dict(kwargs)))
+    if tools:
+        arguments["tools"] = remove_none_values(tools)
+    return arguments
 
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[int]:
@@ -157,12 +210,27 @@ def encode_preference(
     Returns:
         `tuple[list[int], list[list[int]]]`: ids of the prompt, and of the two completions, each with its end token.
         What the chat template writes after an assistant message belongs to the completion.
+
+    Raises:
+        ValueError: if the chat template renders the prompt differently when an answer follows: the context would not be
+            what generation sees.
     """
     if isinstance(row["prompt"], str):
         return encode_state(row["prompt"], [], [row["chosen"], row["rejected"]], [True, True], tokenizer)
-    _render(row["prompt"], tokenizer)  # refuses a tokenizer without chat template
-    messages = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    generated_from, _ = _render(row["prompt"], tokenizer, **template_kwargs)
+    messages = {name: _messages(row[name]) for name in ("prompt", "chosen", "rejected")}
     text = apply_chat_template(messages, tokenizer, **template_kwargs)
+    if text["prompt"] != generated_from:  # TRL takes what they have in common
+        size = len(text["prompt"])
+        followed = next(
+            text[name] for name in ("chosen", "rejected") if not text[name].startswith(generated_from[size:])
+        )
+        raise ValueError(
+            "column `prompt`: the chat template renders it differently when an answer follows. After "
+            f"{text['prompt'][-40:]!r} generation sees {generated_from[size:][:40]!r}, but with the answer it reads "
+            f"{followed[:40]!r}. Use a chat template that keeps the prompt as it is, or give the rendered prompt and "
+            "the answers as text."
+        )
     prompt_ids = _encode_text(text["prompt"], True, tokenizer)
     full_ids = [_encode_text(text["prompt"] + text[name], True, tokenizer) for name in ("chosen", "rejected")]
     start = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
@@ -193,7 +261,16 @@ def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwarg
             "The prompt is conversational, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or "
             "give the prompt as plain text."
         )
-    return apply_chat_template({"prompt": prompt}, tokenizer, **template_kwargs)["prompt"], True
+    return apply_chat_template({"prompt": _messages(prompt)}, tokenizer, **template_kwargs)["prompt"], True
+
+
+def _messages(prompt: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages without the entries that a table filled in because another message has them."""
+    filled = [remove_none_values(dict(message)) for message in prompt]
+    return [
+        {name: own.get(name) for name in message if name in own or name == "content"}
+        for message, own in zip(prompt, filled, strict=True)
+    ]
 
 
 def _encode_text(text: str, is_rendered: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
