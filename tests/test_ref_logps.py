@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from conftest import CHAT_TEMPLATE, make_policy, make_tokenizer, random_solution_rows, random_state_rows
 from dapo_trl import DAPOTrainer
@@ -387,3 +388,41 @@ def test_model_fingerprints_differ():
         policy.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
     assert model_fingerprint(policy) != own
     assert model_fingerprint(make_policy("qwen2")) != model_fingerprint(make_policy())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt_neox"])
+def test_fingerprint_wherever_it_was_loaded_from(tmp_path, architecture):
+    """Saved and loaded from two folders, under another attention, with a padding token, in evaluation or training."""
+    policy = make_policy(architecture, attention_dropout=0.1)
+    own = model_fingerprint(policy)
+    for folder in ("here", "there"):
+        policy.save_pretrained(tmp_path / folder)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32, attention_dropout=0.0)
+        assert model_fingerprint(loaded) == own
+        loaded.config.pad_token_id = 7
+        loaded.config.use_cache = False
+        loaded.set_attn_implementation("eager")
+        loaded.gradient_checkpointing_enable()
+        assert model_fingerprint(loaded.train()) == own
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+        ("llama", {"rms_norm_eps": 1e-5}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("mistral", {"sliding_window": 8}),
+        ("gemma2", {"final_logit_softcapping": 20.0}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+    ],
+)
+def test_fingerprint_of_another_configuration(architecture, change):
+    """The same weights that compute something else are another model."""
+    policy, other = make_policy(architecture), make_policy(architecture, **change)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), other.parameters(), strict=True))
+    ids = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        assert not torch.equal(policy(ids).logits, other(ids).logits)
+    assert model_fingerprint(policy) != model_fingerprint(other)

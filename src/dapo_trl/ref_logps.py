@@ -8,20 +8,28 @@ import hashlib
 import json
 import logging
 import math
+import re
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, Features, List, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from dapo_trl.modeling import unwrapped
+from dapo_trl.modeling import transformers_model, unwrapped
 from dapo_trl.tokenization import tokenizer_fingerprint
 
 
 logger = logging.getLogger(__name__)
 
+# entries of a configuration that do not change what the weights give for a sequence
+_NOT_COMPUTED_FROM = re.compile(
+    "^_|^(architectures|auto_map|dtype|torch_dtype|transformers_version|name_or_path|quantization_config|use_cache"
+    "|initializer_range|vocab_size|max_position_embeddings|tie_word_embeddings|pretraining_tp|id2label|label2id"
+    "|num_labels|problem_type|output_.*|return_dict|.*_token_id|.*dropout.*|.*gradient_checkpointing.*"
+    "|.*attn_implementation.*|task_specific_params|finetuning_task)$"
+)
 _FEATURES = {
     "ref_logps": List(Value("float64")),
     "ref_fingerprint": {"model": Value("string"), "tokenizer": Value("string"), "data": Value("string")},
@@ -220,10 +228,12 @@ def add_ref_logps(
 
 def model_fingerprint(model: Any) -> str:
     """
-    Short hash of a model's weights: of every parameter its name, shape and up to 256 of its values, evenly spread; and
-    of the factors (such as lora_alpha / r) of an active adapter.
+    Short hash of what a model computes: of every parameter its name, shape and up to 256 of its values, evenly spread;
+    of what its configuration says beside them, such as the base of rotary embeddings; and of the factors (such as
+    lora_alpha / r) of an active adapter.
 
-    The same for a model under an adapter that is switched off. Weights that are sharded are gathered one by one.
+    The same wherever the model was loaded from, and for a model under an adapter that is switched off. Weights that are
+    sharded are gathered one by one.
 
     Args:
         model (`torch.nn.Module`):
@@ -242,9 +252,23 @@ def model_fingerprint(model: Any) -> str:
             shape = tuple(values.shape)
         digest.update(f"{name} {shape}".encode())
         digest.update(sample.numpy().tobytes())
+    digest.update(json.dumps(_computed_from(transformers_model(model).config), sort_keys=True, default=str).encode())
     for scaling in _adapter_scalings(unwrapped(model)):
         digest.update(f"{scaling}".encode())
     return digest.hexdigest()[:16]
+
+
+def _computed_from(config: PretrainedConfig) -> dict[str, Any]:
+    """
+    What a configuration says about computation in evaluation mode: no names, paths and versions, nothing for training
+    or generation, nothing that weights show. What is off counts as absent: other versions may not know of it.
+    """
+    given = config.get_text_config().to_diff_dict()
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and value is not False and not _NOT_COMPUTED_FROM.search(name)
+    }
 
 
 def _base_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
