@@ -2,6 +2,7 @@
 Configuration of [`DAPOTrainer`].
 """
 
+import math
 from dataclasses import dataclass, field
 
 from dapo_trl.step_config import _StepConfig
@@ -97,11 +98,12 @@ class DAPOConfig(_StepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"`beta` must be positive, got {self.beta}. The paper uses 0.01 or 0.02.")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"`beta` must be positive and finite, got {self.beta}. The paper uses 0.01 or 0.02.")
         if not 0 <= self.min_advantage_gap <= 1:
             raise ValueError(
                 f"`min_advantage_gap` must lie in [0, 1], got {self.min_advantage_gap}. The paper uses 0.1."
             )
         if self.duplicate_weights not in ("uniform", "counts"):
             raise ValueError(f"`duplicate_weights` must be 'uniform' or 'counts', got {self.duplicate_weights!r}.")
+        self._check_whole_numbers({"precompute_ref_batch_size": 1})

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
@@ -19,7 +20,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalPrediction
-from transformers.utils import is_peft_available
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, use_adapter
@@ -27,13 +27,14 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_c
 from dapo_trl.cards import PAPER, POLICY_TAGS, POLICY_TEMPLATE
 from dapo_trl.collators import DataCollatorForStepPolicy
 from dapo_trl.dapo_config import DAPOConfig
+from dapo_trl.loading import check_policy, check_reference, load_policy, load_tokenizer
 from dapo_trl.losses import dapo_loss
 from dapo_trl.metrics import RatioMetrics
+from dapo_trl.model_checks import refuse_adapted_head
 from dapo_trl.modeling import (
     add_adapter,
     backbone_outputs_at,
-    load_policy,
-    load_tokenizer,
+    set_padding,
     transformers_model,
     warn_of_low_precision,
 )
@@ -41,6 +42,7 @@ from dapo_trl.preprocessing import prepare_policy_dataset
 from dapo_trl.ref_logps import add_ref_logps, check_ref_model, model_fingerprint
 from dapo_trl.samplers import group_rows
 from dapo_trl.step_trainer import _StepTrainer, default_output_dir
+from dapo_trl.targets import excess_nats, reachable_beta
 
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+_UNREACHABLE_SHARE = 0.05  # of the pairs; more are worth a warning
 
 
 class DAPOTrainer(_StepTrainer):
@@ -135,22 +139,26 @@ class DAPOTrainer(_StepTrainer):
     ) -> None:
         args = _default_args(args, model)
         if train_dataset is None:
-            raise ValueError("`train_dataset` is required.")
-        if isinstance(ref_model, str):
-            raise TypeError(
-                f"`ref_model` must be a model, got the string {ref_model!r}. Load it with "
-                "`AutoModelForCausalLM.from_pretrained`, or omit it if it is the same as `model`."
-            )
-        if ref_model is not None and ref_model is model:
-            raise ValueError(
-                "`ref_model` is the same object as `model`. Omit it: the initial policy is then the reference."
-            )
+            raise ValueError("`train_dataset` is required. Pass the rows to learn from, see `docs/formats.md`.")
+        # What can be refused without weights comes first.
+        model_config = check_policy(model, args, quantization_config, peft_config)
+        check_reference(ref_model, model)
+        processing_class = load_tokenizer(processing_class, model, args)
+        self._given = {
+            "train": train_dataset,
+            **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}),
+        }
+        self._ref_fingerprint = ""
+        model_configs = [model_config] if ref_model is None else [model_config, transformers_model(ref_model).config]
+        train_dataset, eval_dataset = self._prepare_datasets(
+            train_dataset, eval_dataset, processing_class, args, model_configs
+        )
         set_seed(args.seed)  # adapters start from random weights
         model = load_policy(model, args, quantization_config)
-        processing_class = load_tokenizer(processing_class, model, args)
+        set_padding(model, processing_class)
         continues_adapter = is_peft_model(model)
         model = add_adapter(model, peft_config, args)
-        _refuse_adapted_head(model)
+        refuse_adapted_head(model)
         warn_of_low_precision(model, args)
         if continues_adapter and ref_model is None and not args.precompute_ref_log_probs:
             _add_reference_adapter(model)
@@ -158,12 +166,6 @@ class DAPOTrainer(_StepTrainer):
         self._reference_is_policy = ref_model is None and not self._reference_is_base  # as it was before training
         if args.disable_dropout:
             disable_dropout_in_model(model)
-        self._given = {
-            "train": train_dataset,
-            **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}),
-        }
-        self._ref_fingerprint = ""
-        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, processing_class, args)
         super().__init__(
             model=model,
             args=args,
@@ -215,7 +217,7 @@ class DAPOTrainer(_StepTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: DAPOConfig, name: str
     ) -> Dataset:
-        if not args.precompute_ref_log_probs and "ref_logps" in dataset.column_names:
+        if not args.precompute_ref_log_probs and "ref_logps" in getattr(dataset, "column_names", ()):
             logger.warning(
                 f"`{name}_dataset` has `ref_logps`, which `precompute_ref_log_probs=False` does not use: the reference "
                 "is run in every step."
@@ -338,6 +340,7 @@ class DAPOTrainer(_StepTrainer):
             }
         elif self.eval_dataset is not None:
             self.eval_dataset = self._precompute(self.eval_dataset, eval_batch_size, "eval", engine)
+        self._report_unreachable_targets()
         # accelerate keeps every model it has prepared
         self.accelerator._models = [model for model in self.accelerator._models if model is not self.ref_model]
         self.ref_model = None
@@ -361,6 +364,25 @@ class DAPOTrainer(_StepTrainer):
                 order = sorted(range(len(dataset)), key=lengths.__getitem__)
             logps = self._score_rows(order, batch_size, f"Reference log-probabilities ({name})", score)
         return dataset.add_column("ref_logps", logps)
+
+    def _report_unreachable_targets(self) -> None:
+        """Count the pairs that are asked for a probability above 1, and say so if they are many."""
+        columns = self.train_dataset.select_columns(["advantages", "ref_logps"])
+        advantages, ref_logps = (
+            [number for row in columns[name] for number in row] for name in ("advantages", "ref_logps")
+        )
+        excess = excess_nats(advantages, ref_logps, self.args.beta)
+        beyond = excess[excess > 0]
+        self.preprocessing_report["train"]["targets_unreachable"] = len(beyond)
+        if len(beyond) > _UNREACHABLE_SHARE * len(excess):
+            beta = reachable_beta(advantages, ref_logps, _UNREACHABLE_SHARE)
+            logger.warning(
+                f"`beta={self.args.beta}` asks {len(beyond)} of {len(excess)} pairs ({len(beyond) / len(excess):.0%}) "
+                f"for a probability above 1: advantage / beta exceeds what the reference leaves by "
+                f"{np.median(beyond):.1f} nats in the median, {beyond.max():.1f} at most. They pull until training "
+                "stops: learning rate and number of steps decide how far, as in the paper. With "
+                f"`beta={beta:.2g}` it would be {_UNREACHABLE_SHARE:.0%} of them."
+            )
 
     # ---- Loss ----
 
@@ -482,18 +504,6 @@ def _default_args(args: DAPOConfig | None, model: Any) -> DAPOConfig:
             "their names: replace the class."
         )
     return args
-
-
-def _refuse_adapted_head(model: Any) -> None:
-    if not is_peft_model(model) or not is_peft_available():
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise ValueError(
-            "`peft_config` puts an adapter on the LM head. Log-probabilities are computed from its weights directly, "
-            "so that adapter would never be trained. Remove `lm_head` from `target_modules`."
-        )
 
 
 def _add_reference_adapter(model: Any) -> None:

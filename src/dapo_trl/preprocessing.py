@@ -14,8 +14,10 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.data_utils import extract_prompt
 
 from dapo_trl.advantages import advantage_gap, sibling_advantages, step_advantages, with_true_rewards
@@ -405,6 +407,48 @@ def prepare_critic_dataset(
     tokenized = _tokenize(dataset, tokenize, features, name, num_proc)
     fates = ["kept" if steps else "too_long" for steps in tokenized["steps"]]
     return _select(tokenized, fates, len(dataset), 0, name, f"{limit_name}={max_length}")
+
+
+def check_rows_fit_model(prepared: Dataset, config: PretrainedConfig, name: str) -> None:
+    """
+    Refuse token ids that the model has no embedding for; warn of sequences longer than it was made for.
+
+    Args:
+        prepared ([`~datasets.Dataset`]):
+            Tokenized rows.
+        config ([`~transformers.PretrainedConfig`]):
+            Configuration of the model.
+        name (`str`):
+            What the data set is called in messages.
+
+    Raises:
+        ValueError: if an id is out of the model's vocabulary.
+    """
+    text_config = config.get_text_config()
+    vocab_size = getattr(text_config, "vocab_size", None)
+    largest = max(_largest_id(prepared, column) for column in ("context_ids", "branches"))
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(
+            f"`{name}_dataset` has the token id {largest}, but the model embeds only {vocab_size} tokens (0 to "
+            f"{vocab_size - 1}). Use the model's own tokenizer, or `model.resize_token_embeddings` if you added tokens."
+        )
+    positions = getattr(text_config, "max_position_embeddings", None)
+    longest = max(prepared["length"])
+    if positions is not None and longest > positions:
+        logger.warning(
+            f"`{name}_dataset` has sequences of up to {longest} tokens, but the model was made for {positions} "
+            f"(`max_position_embeddings`). Set `max_length={positions}` to cut them by whole steps."
+        )
+
+
+def _largest_id(prepared: Dataset, column: str) -> int:
+    largest = 0
+    for batch in prepared.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        ids = batch[column]
+        while pa.types.is_list(ids.type):
+            ids = pc.list_flatten(ids)
+        largest = max(largest, pc.max(ids).as_py() or 0)
+    return largest
 
 
 def _check_kind(dataset: Any, name: str) -> None:

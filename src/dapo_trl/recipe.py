@@ -32,7 +32,7 @@ from dapo_trl.diagnostics import sibling_ranking
 from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import Estimate, evaluate_policy
-from dapo_trl.modeling import load_policy
+from dapo_trl.loading import load_policy
 from dapo_trl.problems import load_problems, refuse_long_prompts
 from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
 from dapo_trl.run_folder import last_checkpoint, made_how, model_path, policy_folder, refuse_closed_folder

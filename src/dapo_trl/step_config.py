@@ -41,10 +41,25 @@ class _StepConfig(_BaseConfig):
         super().__post_init__()
         if self.layout not in ("tree", "padded"):
             raise ValueError(f"`layout` must be 'tree' or 'padded', got {self.layout!r}.")
-        for name in ("max_length", "max_tokens_per_row"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 2:
-                raise ValueError(f"`{name}` must be at least 2 (a prompt and a step), got {limit}.")
+        self._check_whole_numbers({"max_length": 2, "max_tokens_per_row": 2})  # a prompt and a step
+        self._check_whole_numbers({"pad_to_multiple_of": 1, "dataset_num_proc": 1})
+        if self.use_liger_kernel:
+            raise ValueError(
+                "`use_liger_kernel=True` would replace the forward pass that scores of steps are read from. Set "
+                '`model_init_kwargs={"use_kernels": True}` for fused kernels.'
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}` has no meaning here: the loss has targets of "
+                "its own, no labels. Remove it."
+            )
+
+    def _check_whole_numbers(self, smallest: dict[str, int]) -> None:
+        """Refuse arguments below the smallest number that makes sense; `None` switches each of them off."""
+        for name, bound in smallest.items():
+            number = getattr(self, name)
+            if number is not None and number < bound:
+                raise ValueError(f"`{name}` must be at least {bound}, or `None`; got {number}.")
 
     @property
     def length_limit(self) -> tuple[int | None, str]:

@@ -23,13 +23,13 @@ from dapo_trl.cards import CRITIC_TAGS, CRITIC_TEMPLATE, PAPER
 from dapo_trl.collators import DataCollatorForStepCritic
 from dapo_trl.diagnostics import critic_metrics
 from dapo_trl.formats import check_dataset
+from dapo_trl.loading import check_critic, load_critic, load_tokenizer
 from dapo_trl.losses import critic_loss, critic_weights
 from dapo_trl.modeling import (
     add_adapter,
     check_head_is_trained,
     critic_adapter,
-    load_critic,
-    load_tokenizer,
+    set_padding,
     warn_of_low_precision,
 )
 from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset, prompt_key, row_length, tokenize_row
@@ -135,15 +135,20 @@ class StepCriticTrainer(_StepTrainer):
             args = StepCriticConfig(default_output_dir(model, "StepCritic"))
         elif not isinstance(args, StepCriticConfig):
             raise TypeError(f"`args` must be a `StepCriticConfig`, got {type(args).__name__}.")
+        # What can be refused without weights comes first.
+        model_config = check_critic(model, args, quantization_config, peft_config)
+        processing_class = load_tokenizer(processing_class, model, args)
+        train_dataset, eval_dataset = self._prepare_datasets(
+            train_dataset, eval_dataset, processing_class, args, [model_config]
+        )
         set_seed(args.seed)  # the head starts from random weights
         model = load_critic(model, args, quantization_config)
-        processing_class = load_tokenizer(processing_class, model, args)
+        set_padding(model, processing_class)
         model = add_adapter(model, critic_adapter(peft_config), args)
         check_head_is_trained(model)
         warn_of_low_precision(model, args)
         if args.disable_dropout:
             disable_dropout_in_model(model)
-        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, processing_class, args)
         super().__init__(
             model=model,
             args=args,

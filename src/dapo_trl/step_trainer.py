@@ -14,7 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, tqdm
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import PredictionOutput
 from trl.models import prepare_deepspeed
 from trl.trainer.base_trainer import _BaseTrainer
@@ -23,6 +23,7 @@ from dapo_trl.cards import save_model_card
 from dapo_trl.collators import split_rows
 from dapo_trl.layouts import _LayoutMixin
 from dapo_trl.metrics import RatioMetrics, gather_uneven
+from dapo_trl.preprocessing import check_rows_fit_model
 from dapo_trl.samplers import FilledSampler, PromptGroupSampler, group_rows
 
 
@@ -67,8 +68,8 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         super().__init__(data_collator=collator, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
-                "`nn.DataParallel` is not supported, and several GPUs are visible to this one process. Start the "
-                "script with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
+                f"`nn.DataParallel` is not supported, and {self.args.n_gpu} GPUs are visible to this one process. "
+                "Start the script with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
             )
         self.model.add_model_tags(list(self._tag_names))
 
@@ -137,27 +138,44 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         return Dataset.from_list([row | weightless], features=dataset.features)
 
     def _prepare_datasets(
-        self, train_dataset: Any, eval_dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any
+        self,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: PreTrainedTokenizerBase,
+        args: Any,
+        model_configs: list[PretrainedConfig],
     ) -> tuple[Any, Any]:
-        """The data sets as given at construction, prepared."""
+        """The data sets as given at construction, prepared for models of these configurations."""
         self.preprocessing_report: dict[str, dict[str, int]] = {}
+        if eval_dataset is None and args.eval_strategy != "no":
+            raise ValueError(
+                f"`eval_strategy={str(args.eval_strategy.value)!r}` needs an `eval_dataset`. Give one, or set "
+                '`eval_strategy="no"`.'
+            )
+
+        def prepare(rows: Any, name: str) -> Any:
+            prepared = self._prepare_dataset(rows, processing_class, args, name)
+            for config in model_configs:
+                check_rows_fit_model(prepared, config, name)
+            return prepared
+
         if train_dataset is not None:
-            train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+            train_dataset = prepare(train_dataset, "train")
         if isinstance(eval_dataset, dict):
             if "train" in eval_dataset:
                 raise ValueError("`eval_dataset` has a part named 'train', as the training set is called. Rename it.")
-            eval_dataset = {
-                name: self._prepare_dataset(part, processing_class, args, name) for name, part in eval_dataset.items()
-            }
+            eval_dataset = {name: prepare(part, name) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, processing_class, args, "eval")
+            eval_dataset = prepare(eval_dataset, "eval")
         return train_dataset, eval_dataset
 
     def _prepare_if_raw(self, dataset: Any, name: str) -> Any:
         """A data set given to `evaluate` or `predict`: prepared, unless it is already."""
         if not isinstance(dataset, Dataset) or "branches" in dataset.column_names:
             return dataset
-        return self._prepare_dataset(dataset, self.processing_class, self.args, name)
+        prepared = self._prepare_dataset(dataset, self.processing_class, self.args, name)
+        check_rows_fit_model(prepared, self.model.config, name)
+        return prepared
 
     def _placed_model(self) -> torch.nn.Module:
         """The model as it can be called: DeepSpeed places weights when training starts, or here, to score only."""
@@ -357,5 +375,5 @@ def default_output_dir(model: Any, suffix: str) -> str:
     Returns:
         `str`: such as `"Qwen2-0.5B-DAPO"`.
     """
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     return f"{Path(name).name or type(model).__name__}-{suffix}"
