@@ -3,6 +3,7 @@ Conversational problems: what is trained on follows, token by token, what the en
 """
 
 import json
+import logging
 import random
 
 import pytest
@@ -257,3 +258,26 @@ def test_a_template_that_changes_the_prompt_is_refused():
     )
     with pytest.raises(ValueError, match=message):
         encode_preference(row, make_tokenizer(TEMPLATES["thinking"]))
+
+
+@pytest.mark.parametrize("ends", ["<eos>\n", "<|im_end|>\n", "", None])
+def test_an_end_that_the_template_does_not_write(tmp_path, caplog, ends):
+    """A base model's tokenizer often has another end than its chat template: said aloud, for both trainers."""
+    turn = (
+        "{% if m.role == 'assistant' %}ENDS{% endif %}" if ends is not None else "{{ raise_exception('no answers') }}"
+    )
+    template = "{% for m in messages %}{% if m.role != 'user' %}{{ m.content }}" + turn
+    template = template.replace("ENDS", ends or "") + "{% else %}{{ m.content }};{% endif %}{% endfor %}"
+    row = {"prompt": [{"role": "user", "content": "1+1="}], "completions": ["a\n", "2"], "values": [0.5, 0.5, 1.0]}
+    rows, tokenizer = Dataset.from_list([row]), make_tokenizer(template)
+    for trainer, model, args in (
+        (DAPOTrainer, make_policy(), policy_config(tmp_path)),
+        (StepCriticTrainer, make_critic(), critic_config(tmp_path)),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            trainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+        said = "after an answer the chat template writes '<|im_end|>\\n', but a solution is taught to end with the "
+        assert (f"{said}tokenizer's `eos_token`, '<eos>'. Set `tokenizer.eos_token`" in caplog.text) == (
+            ends == "<|im_end|>\n"
+        )

@@ -7,6 +7,7 @@ longest sequence), and for the policy `source_rows`, `source_steps` and `source_
 each pair comes from, and the fingerprint of that row.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -27,6 +28,7 @@ from dapo_trl.tokenization import (
     encode_preference,
     encode_solution,
     encode_state,
+    end_written_by_template,
     template_arguments,
     tokenizer_fingerprint,
 )
@@ -310,6 +312,7 @@ def prepare_policy_dataset(
             "teach more: see `docs/formats.md`."
         )
     check_fingerprint(dataset, tokenizer)
+    _warn_of_another_end(dataset, row_format, tokenizer, name)
     _check_columns_are_used(dataset, row_format, duplicate_weights, name)
 
     check_ref_tokenizer(dataset, tokenizer, name)
@@ -399,6 +402,7 @@ def prepare_critic_dataset(
             + (" `dapo_trl.readers.from_stepwise` converts it." if row_format == "stepwise" else "")
         )
     check_fingerprint(dataset, tokenizer)
+    _warn_of_another_end(dataset, row_format, tokenizer, name)
 
     def tokenize(row: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:
         return truncate_row(tokenize_critic_row(row, tokenizer), max_length)
@@ -471,6 +475,21 @@ def _refuse_values_without_advantages(dataset: Dataset, name: str) -> None:
         raise ValueError(
             f"`{name}_dataset` has `{values[0]}`, but no `advantages`. Compute them first: "
             f'`add_advantages(dataset, "{values[0]}")`.'
+        )
+
+
+def _warn_of_another_end(dataset: Dataset, row_format: str, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Say so when answers would be taught to end otherwise than the chat template ends them."""
+    if row_format == "preference" or {"candidates_ids", "completions_ids"} & set(dataset.column_names):
+        return  # the template, or the sampler, has written the end
+    end = None
+    with contextlib.suppress(ValueError):  # a bad row is refused by its number when it is tokenized
+        end = end_written_by_template(dataset[0]["prompt"], tokenizer, **template_arguments(dataset[0]))
+    if end is not None:
+        logger.warning(
+            f"`{name}_dataset`: after an answer the chat template writes {end!r}, but a solution is taught to end with "
+            f"the tokenizer's `eos_token`, {tokenizer.eos_token!r}. Set `tokenizer.eos_token` to the token that your "
+            "model ends its answers with."
         )
 
 

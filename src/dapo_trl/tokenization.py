@@ -5,6 +5,7 @@ Where a row carries the sampler's own ids (columns ending in `_ids`) they are us
 tokenized in its context and cut where the steps end.
 """
 
+import contextlib
 import hashlib
 import json
 from bisect import bisect_left
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, common_prefix_length
 from trl.trainer.utils import remove_none_values
@@ -250,6 +252,33 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16]
+
+
+def end_written_by_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> str | None:
+    """
+    What the chat template writes after an answer, where that is not the token that ends a solution here.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, plain or conversational.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        **template_kwargs:
+            Passed to the chat template.
+
+    Returns:
+        `str` or `None`: the text, without the tokenizer's `eos_token`; `None` if that is in it, if it is blank, or if
+        the template does not say.
+    """
+    if isinstance(prompt, str) or tokenizer.chat_template is None or prompt[-1]["role"] not in ("user", "tool"):
+        return None
+    answer = "So the answer is 7."
+    messages = [*_messages(prompt), {"role": "assistant", "content": answer}]
+    with contextlib.suppress(TemplateError):  # a template may object to such an answer
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs))
+        _, found, end = text.rpartition(answer)
+        return end if found and end.strip() and tokenizer.eos_token not in end else None
+    return None
 
 
 def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> tuple[str, bool]:
