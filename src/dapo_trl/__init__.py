@@ -13,6 +13,7 @@ from dapo_trl._version import __version__
 
 if TYPE_CHECKING:
     from dapo_trl.advantages import add_advantages, sibling_advantages, step_advantages
+    from dapo_trl.callbacks import AccuracyCallback
     from dapo_trl.dapo_config import DAPOConfig
     from dapo_trl.dapo_trainer import DAPOTrainer
     from dapo_trl.engines import SamplingConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dapo_trl.verifiers.math import math_reward
 
 _MODULE_OF_NAME = {
+    "AccuracyCallback": "callbacks",
     "DAPOConfig": "dapo_config",
     "DAPOTrainer": "dapo_trainer",
     "OpenAIEngine": "engines.openai",
@@ -55,6 +57,7 @@ _MODULE_OF_NAME = {
 }
 
 __all__ = [
+    "AccuracyCallback",
     "DAPOConfig",
     "DAPOTrainer",
     "OpenAIEngine",

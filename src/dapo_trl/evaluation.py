@@ -69,6 +69,47 @@ class Evaluation:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """
+    What a policy made of N problems.
+
+    Attributes:
+        greedy (`list[bool]`, length N, or 0 without greedy decoding):
+            Whether greedy decoding solved each problem.
+        sampled (`list[list[bool]]`, N lists of length k):
+            Whether each sample of each problem is correct.
+        truncated (`int`), not_judged (`int`), tokens (`int`):
+            As of [`Evaluation`].
+    """
+
+    greedy: list[bool]
+    sampled: list[list[bool]]
+    truncated: int
+    not_judged: int
+    tokens: int
+
+    @classmethod
+    def merge(cls, parts: Sequence["Outcomes"]) -> "Outcomes":
+        """
+        Outcomes of several sets of problems as those of one.
+
+        Args:
+            parts (sequence of [`Outcomes`]):
+                Outcomes with the same k.
+
+        Returns:
+            [`Outcomes`].
+        """
+        return cls(
+            greedy=[is_right for part in parts for is_right in part.greedy],
+            sampled=[group for part in parts for group in part.sampled],
+            truncated=sum(part.truncated for part in parts),
+            not_judged=sum(part.not_judged for part in parts),
+            tokens=sum(part.tokens for part in parts),
+        )
+
+
 def evaluate_policy(
     problems: Dataset,
     engine: Engine,
@@ -101,40 +142,90 @@ def evaluate_policy(
     Raises:
         ValueError: if there is no problem, or `k` is below 1.
     """
-    sampling = sampling or SamplingConfig()
     if len(problems) == 0:
         raise ValueError("There is no problem to evaluate on: the data set is empty.")
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
-    prefixes = [encode_prompt(row["prompt"], engine.tokenizer, **template_arguments(row)) for row in problems]
-    seeds = [[sample_seed(seed, index, number) for number in range(k)] for index in range(len(prefixes))]
-    with CompletionBar(len(prefixes), "Evaluating (greedy)") as bar:
-        greedy = engine.generate(prefixes, [group[:1] for group in seeds], replace(sampling, temperature=0.0), bar.add)
-    with CompletionBar(len(prefixes) * k, f"Evaluating (mean@{k})") as bar:
-        sampled = engine.generate(prefixes, seeds, sampling, bar.add)
-    rows = list(problems)
-    correct, not_judged = [], 0
-    for group, n in ((greedy, 1), (sampled, k)):
-        flat = [completion for completions in group for completion in completions]
-        repeated = [row for row in rows for _ in range(n)]
-        rewards = judge(repeated, [completion.text for completion in flat], reward_function)
-        judged = [
-            c.finish_reason == "stop" and reward is not None and reward >= 0.5
-            for c, reward in zip(flat, rewards, strict=True)
-        ]
-        not_judged += sum(reward is None for reward in rewards)
-        correct.append(np.array(judged, dtype=np.float64).reshape(len(problems), n))
-    completions = [c for group in (greedy, sampled) for completions in group for c in completions]
+    outcomes = attempt_problems(problems, engine, reward_function, sampling, k, seed)
     return Evaluation(
-        greedy=bootstrap_mean(correct[0].mean(axis=1), seed),
-        mean_at_k=bootstrap_mean(correct[1].mean(axis=1), seed),
-        pass_at_k=bootstrap_mean([pass_at_k(k, int(row.sum()), k) for row in correct[1]], seed),
+        greedy=bootstrap_mean(outcomes.greedy, seed),
+        mean_at_k=bootstrap_mean(np.mean(outcomes.sampled, axis=1), seed),
+        pass_at_k=bootstrap_mean([pass_at_k(k, sum(group), k) for group in outcomes.sampled], seed),
         k=k,
         num_problems=len(problems),
-        truncated=sum(c.finish_reason == "length" for c in completions),
-        not_judged=not_judged,
-        tokens=sum(len(c.ids) for c in completions),
+        truncated=outcomes.truncated,
+        not_judged=outcomes.not_judged,
+        tokens=outcomes.tokens,
     )
+
+
+def attempt_problems(
+    problems: Dataset,
+    engine: Engine,
+    reward_function: Callable[..., list[float | None]],
+    sampling: SamplingConfig | None = None,
+    k: int = 4,
+    seed: int = 0,
+    is_greedy: bool = True,
+    indices: Sequence[int] | None = None,
+    show_progress: bool = True,
+) -> Outcomes:
+    """
+    Let a policy attempt problems, and judge what comes out.
+
+    Args:
+        problems ([`~datasets.Dataset`] of N rows):
+            Rows with `prompt` and the columns that the reward function takes.
+        engine ([`~dapo_trl.engines.Engine`]):
+            Sampling back end of the policy.
+        reward_function (`Callable`):
+            TRL reward function; a reward of at least 1/2 counts as correct.
+        sampling ([`~dapo_trl.engines.SamplingConfig`], *optional*):
+            How to sample. `None` takes the defaults: temperature 1, up to 1,024 tokens.
+        k (`int`, *optional*, defaults to `4`):
+            Samples per problem; 0 for none.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of sampling.
+        is_greedy (`bool`, *optional*, defaults to `True`):
+            Whether to decode greedily too.
+        indices (sequence of `int`, length N, *optional*):
+            Numbers of the problems, from which the seeds of their samples are derived. `None` counts from 0. With their
+            numbers in the whole set, the parts of a set are sampled like the whole.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars.
+
+    Returns:
+        [`Outcomes`].
+    """
+    sampling = sampling or SamplingConfig()
+    rows = list(problems)
+    prefixes = [encode_prompt(row["prompt"], engine.tokenizer, **template_arguments(row)) for row in rows]
+    seeds = [[sample_seed(seed, index, number) for number in range(max(k, 1))] for index in indices or range(len(rows))]
+
+    def attempt(title: str, n: int, config: SamplingConfig) -> Outcomes:
+        with CompletionBar(len(rows) * n, f"Evaluating ({title})", not show_progress) as bar:
+            found = engine.generate(prefixes, [group[:n] for group in seeds], config, bar.add)
+        flat = [completion for completions in found for completion in completions]
+        rewards = judge([row for row in rows for _ in range(n)], [each.text for each in flat], reward_function)
+        judged = [
+            each.finish_reason == "stop" and reward is not None and reward >= 0.5
+            for each, reward in zip(flat, rewards, strict=True)
+        ]
+        return Outcomes(
+            greedy=[],
+            sampled=[judged[start : start + n] for start in range(0, len(judged), n)],
+            truncated=sum(each.finish_reason == "length" for each in flat),
+            not_judged=sum(reward is None for reward in rewards),
+            tokens=sum(len(each.ids) for each in flat),
+        )
+
+    parts = []
+    if is_greedy:
+        greedy = attempt("greedy", 1, replace(sampling, temperature=0.0))
+        parts.append(replace(greedy, greedy=[group[0] for group in greedy.sampled], sampled=[]))
+    if k:
+        parts.append(attempt(f"mean@{k}", k, sampling))
+    return Outcomes.merge(parts)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

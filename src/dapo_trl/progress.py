@@ -19,11 +19,15 @@ class CompletionBar:
             Completions to come, `None` if nobody knows.
         desc (`str`):
             Label.
+        is_hidden (`bool`, *optional*, defaults to `False`):
+            Whether to count without showing anything.
     """
 
-    def __init__(self, total: int | None, desc: str) -> None:
+    def __init__(self, total: int | None, desc: str, is_hidden: bool = False) -> None:
         self.tokens = 0
-        self._bar = tqdm(total=total, desc=desc, unit=" completions", smoothing=0.05, mininterval=0.5)
+        self._bar = tqdm(
+            total=total, desc=desc, unit=" completions", smoothing=0.05, mininterval=0.5, disable=is_hidden
+        )
 
     def __enter__(self) -> "CompletionBar":
         return self

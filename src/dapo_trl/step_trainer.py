@@ -226,7 +226,7 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         """
         self.gather_function = partial(gather_uneven, self.accelerator)  # the loop sets it back at its end
         self._metrics["eval"].clear()
-        self._stop_clock()
+        self.stop_clock()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         collected = self._metrics["eval"].pop(self.accelerator)
@@ -253,7 +253,8 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
     def _record_batch(self, inputs: dict[str, torch.Tensor]) -> None:
         """Metrics of a batch as a whole, before its rows part."""
 
-    def _stop_clock(self) -> None:
+    def stop_clock(self) -> None:
+        """What follows does not count as training, up to the next optimizer step: `tokens/per_second` leaves it out."""
         if self._clock is not None:
             self._seconds_since_log += time.perf_counter() - self._clock
             self._clock = None
@@ -269,7 +270,7 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         if not self._tokens_since_log:
             return {}
         if self._clock is not None:
-            self._stop_clock()
+            self.stop_clock()
             self._clock = time.perf_counter()
         own = torch.stack([tokens.float() for tokens in self._tokens_since_log]).sum().to(self.accelerator.device)
         tokens = float(self.accelerator.reduce(own, reduction="sum"))
@@ -356,7 +357,7 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         save_model_card(self, super().create_model_card, *args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._stop_clock()
+        self.stop_clock()
         name = self.args.hub_model_id or Path(self.args.output_dir or "").name
         self.create_model_card(model_name=name.split("/")[-1])
         super()._save_checkpoint(model, trial)
