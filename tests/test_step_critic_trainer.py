@@ -184,6 +184,51 @@ def test_evaluation_is_a_mean_over_states(tmp_path, tokenizer):
                 assert metrics[f"eval_{name}"] == pytest.approx(expected, rel=1e-4), name
 
 
+def rows_with_siblings() -> list[dict]:
+    """Three solutions of one problem, two of which share their first step, and solutions of other problems."""
+    others = random_solution_rows(3)
+    paths = (["so\n", "7\n", "12"], ["so\n", "then\n", "7"], ["is\n", "12"])
+    counts = ([4, 6, 8, 8], [4, 6, 1, 0], [4, 2, 0])
+    shared = [
+        {
+            "prompt": "so 7?\n",
+            "completions": steps,
+            "values": [won / 8 for won in successes],
+            "mc_successes": [float(won) for won in successes],
+            "mc_rollouts": [8] * len(successes),
+        }
+        for steps, successes in zip(paths, counts, strict=True)
+    ]
+    return [shared[0], others[0], shared[1], others[1], shared[2], others[2]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_ranking_of_siblings(tmp_path, tokenizer, batch_size):
+    """
+    At the prompt "so" (6/8) goes before "is" (2/8), after "so" "7" (8/8) before "then" (1/8): two pairs, each once,
+    also where siblings are rows of different batches.
+    """
+    data = Dataset.from_list(rows_with_siblings())
+    args = config(tmp_path, per_device_eval_batch_size=batch_size)
+    seen = set()
+    for seed in range(4):
+        trainer = StepCriticTrainer(make_critic(seed=seed), args, eval_dataset=data, processing_class=tokenizer)
+        first, second, third = (trainer.predict_values(data)["critic_values"][index] for index in (0, 2, 4))
+        expected = ((first[1] > third[1]) + (first[2] > second[2])) / 2
+        for _ in range(2):
+            metrics = trainer.evaluate()
+            assert metrics["eval_sibling_pairs"] == 2
+            assert metrics["eval_sibling_ranking"] == expected
+        seen.add(expected)
+    assert len(seen) > 1
+
+
+def test_no_siblings_no_ranking(tmp_path, tokenizer):
+    data = Dataset.from_list(random_solution_rows(4))
+    trainer = StepCriticTrainer(make_critic(), config(tmp_path), eval_dataset=data, processing_class=tokenizer)
+    assert not any("sibling" in name for name in trainer.evaluate())
+
+
 def test_saved_critic_loads_with_plain_transformers(tmp_path, tokenizer):
     data = Dataset.from_list(random_solution_rows(4))
     args = config(tmp_path, max_steps=2, learning_rate=1e-3)

@@ -13,7 +13,7 @@ from dapo_trl._version import __version__
 
 if TYPE_CHECKING:
     from dapo_trl.advantages import add_advantages, sibling_advantages, step_advantages
-    from dapo_trl.callbacks import AccuracyCallback
+    from dapo_trl.callbacks import AccuracyCallback, SolutionTableCallback
     from dapo_trl.dapo_config import DAPOConfig
     from dapo_trl.dapo_trainer import DAPOTrainer
     from dapo_trl.engines import SamplingConfig
@@ -37,6 +37,7 @@ _MODULE_OF_NAME = {
     "OpenAIEngine": "engines.openai",
     "RolloutConfig": "rollouts",
     "SamplingConfig": "engines",
+    "SolutionTableCallback": "callbacks",
     "StepCriticConfig": "step_critic_config",
     "StepCriticTrainer": "step_critic_trainer",
     "TransformersEngine": "engines.transformers",
@@ -63,6 +64,7 @@ __all__ = [
     "OpenAIEngine",
     "RolloutConfig",
     "SamplingConfig",
+    "SolutionTableCallback",
     "StepCriticConfig",
     "StepCriticTrainer",
     "TransformersEngine",

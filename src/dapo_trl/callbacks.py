@@ -1,14 +1,17 @@
 """
-[`AccuracyCallback`]: how many held-out problems the policy solves, while it trains.
+What can be watched while a model trains: the policy's accuracy on held-out problems, the critic's values of solutions.
 """
 
 import contextlib
+import html
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import (
@@ -25,8 +28,13 @@ from trl.models import unwrap_model_for_generation
 from dapo_trl.engines import Engine, SamplingConfig
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import Outcomes, attempt_problems, pass_at_k
+from dapo_trl.inspection import color
 from dapo_trl.modeling import transformers_model
+from dapo_trl.step_critic_trainer import StepCriticTrainer
 from dapo_trl.step_trainer import _StepTrainer
+
+
+logger = get_logger(__name__)
 
 
 class AccuracyCallback(TrainerCallback):
@@ -224,6 +232,135 @@ class AccuracyCallback(TrainerCallback):
         if self.is_greedy:
             values = [float(np.mean(outcomes.greedy)), *values]
         return dict(zip(self._metric_names(), values, strict=True))
+
+
+class SolutionTableCallback(TrainerCallback):
+    """
+    Logs a table of solutions, each step coloured by the critic's value, at every evaluation.
+
+    Weights & Biases gets the steps in colour, Trackio, whose tables hold text, with the values behind them. Other
+    destinations of `report_to` have no tables: that is logged once.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from dapo_trl import SolutionTableCallback, StepCriticConfig, StepCriticTrainer
+
+    >>> row = {"prompt": "4 - 7 max 2\\n", "completions": ["4 - 7 = 3\\n", "3 max 2 = 3\\n", "#### 3"]}
+    >>> solutions = Dataset.from_list([row | {"values": [0.5, 0.1, 0.0, 0.0]}])
+    >>> args = StepCriticConfig("runs/doctest", bf16=False, use_cpu=True, report_to="none")
+    >>> trainer = StepCriticTrainer(model="examples/student", args=args, train_dataset=solutions)
+    >>> trainer.add_callback(SolutionTableCallback(trainer, solutions))
+
+    ```
+
+    Args:
+        trainer ([`StepCriticTrainer`]):
+            Trainer that the callback will be added to.
+        solutions ([`~datasets.Dataset`]):
+            Solution rows, such as those to evaluate on.
+        num_solutions (`int`, *optional*, defaults to `8`):
+            Rows of the table, from the beginning.
+
+    Raises:
+        TypeError: if `trainer` is not the critic's.
+        ValueError: if there is no solution.
+    """
+
+    columns: tuple[str, ...] = ("step", "prompt", "solution", "values", "outcome")
+
+    def __init__(self, trainer: StepCriticTrainer, solutions: Dataset, num_solutions: int = 8) -> None:
+        if not isinstance(trainer, StepCriticTrainer):
+            raise TypeError(
+                f"`SolutionTableCallback` shows a critic's values, so it needs a `StepCriticTrainer`, got "
+                f"{type(trainer).__name__}."
+            )
+        if len(solutions) == 0 or num_solutions < 1:
+            raise ValueError(f"There is no solution to show: {len(solutions)} `solutions`, {num_solutions=}.")
+        self._trainer = trainer
+        self.solutions = solutions.select(range(min(num_solutions, len(solutions))))
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say so if there is nowhere to log tables to."""
+        if not _take_tables(args):
+            logger.warning(
+                f"`SolutionTableCallback` logs nothing: `report_to={args.report_to}` takes no tables. Weights & Biases "
+                'and Trackio do: `report_to="wandb"`.'
+            )
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Value the solutions and log them."""
+        destinations = _take_tables(args)
+        if not destinations:
+            return
+        with _undisturbed(self._trainer.model):
+            valued = self._trainer.predict_values(self.solutions)
+        if not state.is_world_process_zero:
+            return
+        for name in destinations:
+            self._log(name, state.global_step, valued)
+
+    def _log(self, destination: str, step: int, valued: Dataset) -> None:
+        module = import_module(destination)
+        rows = []
+        for row in valued:
+            values = row["critic_values"]
+            text = solution_html(row["completions"], values) if destination == "wandb" else _plain(row, values)
+            shown = module.Html(text, inject=False) if destination == "wandb" else text
+            prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            values_text = " ".join(f"{value:.2f}" for value in values)
+            rows.append([step, prompt, shown, values_text, (row.get("values") or [None])[-1]])
+        table = module.Table(columns=list(self.columns), data=rows)
+        module.log({"eval/solutions": table, "train/global_step": step})
+
+
+def _take_tables(args: TrainingArguments) -> list[str]:
+    """Those of `report_to` that tables can be logged to."""
+    return [name for name in ("wandb", "trackio") if name in (args.report_to or [])]
+
+
+def solution_html(steps: Sequence[str], values: Sequence[float]) -> str:
+    """
+    A solution as HTML, each step on the colour of the state that it leads to: red for 0, yellow for 1/2, green for 1.
+
+    Args:
+        steps (sequence of `str`, length K):
+            Steps.
+        values (sequence of `float`, length K+1):
+            Values of the states, in [0, 1], from the one before the first step.
+
+    Returns:
+        `str`.
+
+    Raises:
+        ValueError: if there is not one value more than there are steps.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.callbacks import solution_html
+
+    >>> solution_html(["1 < 2"], [0.5, 1.0])
+    '<pre ...><span style="background: #1a985055" title="1.00">1 &lt; 2</span></pre>'
+
+    ```
+    """
+    if len(values) != len(steps) + 1:
+        raise ValueError(f"{len(steps)} steps lead to {len(steps) + 1} states, but there are {len(values)} values.")
+    spans = []
+    for step, value in zip(steps, values[1:], strict=True):
+        background: Any = color(value).color
+        spans.append(
+            f'<span style="background: {background.triplet.hex}55" title="{value:.2f}">{html.escape(step)}</span>'
+        )
+    return f'<pre style="white-space: pre-wrap">{"".join(spans)}</pre>'
+
+
+def _plain(row: dict[str, Any], values: Sequence[float]) -> str:
+    """A solution as text, with the value of the state after each step."""
+    pairs = zip(row["completions"], values[1:], strict=True)
+    return "\n".join(f"{step.rstrip()} [{value:.2f}]" for step, value in pairs)
 
 
 @contextlib.contextmanager

@@ -178,14 +178,16 @@ class DataCollatorForStepCritic(_StepCollator):
     Collates tokenized rows for [`StepCriticTrainer`]: tokens, and where each state ends.
 
     Each example holds `"context_ids"` and `"branches"` as for [`DataCollatorForStepPolicy`], and optionally
-    `"successes"` and `"rollouts"`, one number per state. The states of a row are, in this order: the context itself,
-    unless the example says `"context_is_state": False`; then the state after each step, branch by branch.
+    `"successes"` and `"rollouts"`, one number per state, and `"state_keys"`, two. The states of a row are, in this
+    order: the context itself, unless the example says `"context_is_state": False`; then the state after each step,
+    branch by branch.
 
     The batch holds:
 
     - `"input_ids"` and what goes with it, as for [`DataCollatorForStepPolicy`];
     - `"state_places"` of shape `(S,)`: the place (row * T + position) of the last token of each state;
     - `"successes"`, `"rollouts"` of shape `(S,)`, float32, if given;
+    - `"state_keys"` of shape `(S, 2)`, int64, if given, see [`~dapo_trl.preprocessing.state_keys`];
     - `"num_tokens"`, `"num_pair_tokens"`: scalars, tokens of the batch without padding, and of one sequence per state.
 
     Args:
@@ -218,6 +220,8 @@ class DataCollatorForStepCritic(_StepCollator):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self._tree(examples) if self.layout == "tree" else self._padded(examples)
         batch |= _concatenated(examples, "successes", "rollouts")
+        if "state_keys" in examples[0]:
+            batch["state_keys"] = torch.tensor([keys for example in examples for keys in example["state_keys"]])
         batch["num_pair_tokens"] = torch.tensor(sum(map(num_state_tokens, examples)))
         return batch
 

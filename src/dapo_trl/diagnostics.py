@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 
+# Reference values of siblings that differ by less are not told apart by the few rollouts that a state usually has.
+TOLD_APART = 0.3
 _EPSILON = 1e-7  # as in most cross-entropies: a value of exactly 0 or 1 must not make the mean infinite
 
 

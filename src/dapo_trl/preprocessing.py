@@ -15,6 +15,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -133,6 +134,33 @@ def tokenize_critic_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
     if row.get("mc_rollouts") is None:
         return tokens | {"successes": list(row["values"]), "rollouts": [1] * len(row["values"])}
     return tokens | {"successes": list(row["mc_successes"]), "rollouts": list(row["mc_rollouts"])}
+
+
+def state_keys(tokens: dict[str, Any]) -> list[list[int]]:
+    """
+    What tells the states of a row from those of others: hashes of the tokens that lead there.
+
+    Args:
+        tokens (`dict`):
+            Tokenized row.
+
+    Returns:
+        `list[list[int]]`, one for each state: the hash of the state before it, 0 for the context, and its own. States
+        with the same first hash are siblings.
+    """
+    context = hashlib.blake2b(np.array(tokens["context_ids"], dtype=np.int64).tobytes(), digest_size=8)
+    keys = [[0, _key(context)]]
+    for branch in tokens["branches"]:
+        path = context.copy()
+        for step in branch:
+            before = _key(path)
+            path.update(np.array(step, dtype=np.int64).tobytes())
+            keys.append([before, _key(path)])
+    return keys
+
+
+def _key(path: Any) -> int:
+    return int.from_bytes(path.digest(), "big") >> 1
 
 
 def tokenize_row(row: dict[str, Any], row_format: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -405,9 +433,11 @@ def prepare_critic_dataset(
     _warn_of_another_end(dataset, row_format, tokenizer, name)
 
     def tokenize(row: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:
-        return truncate_row(tokenize_critic_row(row, tokenizer), max_length)
+        tokens, removed = truncate_row(tokenize_critic_row(row, tokenizer), max_length)
+        return tokens | {"state_keys": state_keys(tokens)}, removed
 
     features = _TOKEN_FEATURES | {"successes": List(Value("float64")), "rollouts": List(Value("float64"))}
+    features = features | {"state_keys": List(List(Value("int64")))}
     tokenized = _tokenize(dataset, tokenize, features, name, num_proc)
     fates = ["kept" if steps else "too_long" for steps in tokenized["steps"]]
     return _select(tokenized, fates, len(dataset), 0, name, f"{limit_name}={max_length}")

@@ -28,7 +28,7 @@ from dapo_trl.cards import add_card_results
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.dapo_trainer import DAPOTrainer
 from dapo_trl.dataset_cards import push_stage_to_hub, stage_repo_id, write_dataset_card
-from dapo_trl.diagnostics import sibling_ranking
+from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
 from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import Estimate, evaluate_policy
@@ -390,7 +390,7 @@ class _Iteration:
                 self._write(rows, f"{name}_critic")
             held_out = held_out_problems(scored["solutions"])
             unseen = scored["states"].filter(lambda row: row["problem_id"] in held_out)
-            ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=0.3)
+            ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=TOLD_APART)
             if self._is_main:
                 draw_values(scored["solutions"], self.folder / "values.png")
             return {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs, "num_held_out": len(held_out)}

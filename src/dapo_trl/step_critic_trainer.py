@@ -2,12 +2,14 @@
 [`StepCriticTrainer`]: the critic of Direct Advantage Policy Optimization.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from transformers import (
     DataCollator,
@@ -21,7 +23,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from dapo_trl.cards import CRITIC_TAGS, CRITIC_TEMPLATE, PAPER
 from dapo_trl.collators import DataCollatorForStepCritic
-from dapo_trl.diagnostics import critic_metrics
+from dapo_trl.diagnostics import TOLD_APART, critic_metrics, sibling_ranking
 from dapo_trl.formats import check_dataset
 from dapo_trl.loading import check_critic, load_critic, load_tokenizer
 from dapo_trl.losses import critic_loss, critic_weights
@@ -56,7 +58,8 @@ class StepCriticTrainer(_StepTrainer):
     [`~dapo_trl.losses.critic_loss`]. It is a value function, not a process reward model: do not sum it as a reward.
 
     Evaluation reports `bce`, `bce_constant`, `skill`, `brier` and `calibration_error`, see
-    [`~dapo_trl.diagnostics.critic_metrics`].
+    [`~dapo_trl.diagnostics.critic_metrics`]; and where rows share a beginning and then take different steps, how well
+    the critic orders these, see [`~dapo_trl.diagnostics.sibling_ranking`].
 
     Example:
 
@@ -149,6 +152,7 @@ class StepCriticTrainer(_StepTrainer):
         warn_of_low_precision(model, args)
         if args.disable_dropout:
             disable_dropout_in_model(model)
+        self._evaluated_states: list[tuple[tuple[int, int], list[float]]] = []
         super().__init__(
             model=model,
             args=args,
@@ -245,7 +249,7 @@ class StepCriticTrainer(_StepTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["context_ids", "branches", "successes", "rollouts", "length"]
+            self._signature_columns = ["context_ids", "branches", "successes", "rollouts", "state_keys", "length"]
 
     # ---- Loss ----
 
@@ -302,13 +306,37 @@ class StepCriticTrainer(_StepTrainer):
         self, outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         counted = inputs["rollouts"] > 0
-        labels = torch.stack((inputs["successes"], inputs["rollouts"]), dim=1)
-        return outputs["logits"][counted], labels[counted]
+        logits = outputs["logits"][counted]
+        counts = torch.stack((inputs["successes"], inputs["rollouts"]), dim=1)[counted]
+        if "state_keys" in inputs:  # a data collator of the user's own may have left them out
+            keys = map(tuple, inputs["state_keys"][counted].tolist())
+            self._evaluated_states += zip(keys, torch.cat((logits[:, None], counts), dim=1).tolist(), strict=True)
+        return logits, counts
+
+    def _collected_metrics(self) -> dict[str, float]:
+        ranking, num_pairs = _rank_siblings(gather_object(self._evaluated_states))
+        self._evaluated_states = []
+        siblings = {"sibling_ranking": ranking, "sibling_pairs": float(num_pairs)} if num_pairs else {}
+        return super()._collected_metrics() | siblings
 
     def _compute_critic_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         values = 1 / (1 + np.exp(-np.asarray(prediction.predictions, dtype=np.float64)))
         successes, rollouts = np.asarray(prediction.label_ids, dtype=np.float64).T
         return critic_metrics(values, successes, rollouts) | {"states": float(len(values))}
+
+
+def _rank_siblings(states: list[tuple[tuple[int, int], list[float]]]) -> tuple[float, int]:
+    """Ranking of evaluated states, given as keys, and logit, successes and rollouts; each state counts once."""
+    known: dict[tuple[int, int], list[float]] = {}
+    for keys, values in states:
+        if keys[0] and values[2] > known.get(keys, [0.0] * 3)[2]:
+            known[keys] = values
+    families: dict[int, list[list[float]]] = defaultdict(list)
+    for (before, _), values in known.items():
+        families[before].append(values)
+    predicted = [[logit for logit, _, _ in family] for family in families.values()]
+    reference = [[successes / rollouts for _, successes, rollouts in family] for family in families.values()]
+    return sibling_ranking(predicted, reference, min_difference=TOLD_APART)
 
 
 def _format_to_predict(dataset: Dataset) -> str:

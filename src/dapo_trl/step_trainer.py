@@ -91,6 +91,10 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
     def _score(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """What is read from the model for a batch, one number per pair or state, float32."""
 
+    def _collected_metrics(self) -> dict[str, float]:
+        """What was collected in an evaluation, without the prefix."""
+        return self._metrics["eval"].pop(self.accelerator)
+
     # ---- Data ----
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -229,8 +233,7 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         self.stop_clock()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        collected = self._metrics["eval"].pop(self.accelerator)
-        exact = {f"{prefix}_{name}": value for name, value in collected.items()}
+        exact = {f"{prefix}_{name}": value for name, value in self._collected_metrics().items()}
         return output._replace(metrics=(output.metrics or {}) | exact)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
