@@ -164,7 +164,7 @@ def test_errors(stages, tmp_path):
 def test_recipe(tmp_path, uploads, monkeypatch, is_pushed):
     """Every stage of a run gets its card; it goes to the Hub if that is wanted, after a look at who is logged in."""
     logins = []
-    monkeypatch.setattr(dapo_trl.recipe, "whoami", lambda: logins.append(1))
+    monkeypatch.setattr(dapo_trl.recipe, "whoami", lambda: logins.append(1) or {"name": "me"})
     arguments = RecipeArguments(
         output_dir=str(tmp_path / "tiny"),
         dataset_name=f"{REPOSITORY / 'examples' / 'student' / 'arithmetic.py'}:make_problems",
@@ -182,5 +182,5 @@ def test_recipe(tmp_path, uploads, monkeypatch, is_pushed):
         front = (tmp_path / "tiny" / name / "README.md").read_text().split("---")[1]
         assert yaml.safe_load(front)["pretty_name"] == f"tiny: {name}"
     names = [upload["repo_id"] for upload in uploads]
-    assert names == (["tiny-sampled", "me/tiny-sampled", "tiny-values", "me/tiny-values"] if is_pushed else [])
+    assert names == (["me/tiny-sampled"] * 2 + ["me/tiny-values"] * 2 if is_pushed else [])
     assert len(logins) == is_pushed

@@ -5,6 +5,7 @@ What training leaves for people to look at: metrics that are all documented, in 
 import json
 import re
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,8 @@ def wandb_records(path):
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        if place + 7 + length > len(data):
+            return  # it is still being written
         message += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # a whole message, or its last part
@@ -114,24 +117,30 @@ def test_wandb(tmp_path, tokenizer, make_trainer, monkeypatch):
     folder = Path(wandb.run.dir).parent  # the environment is read once a process
     wandb.finish()
     (path,) = folder.glob("*.wandb")
+    deadline = time.monotonic() + 60
+    while "exit" not in {record.WhichOneof("record_type") for record in wandb_records(path)}:
+        assert time.monotonic() < deadline  # another process writes the file
+        time.sleep(0.1)
     history = []
     for record in wandb_records(path):
         if record.WhichOneof("record_type") == "history":
-            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            history.append({name: json.loads(value) for name, value in items.items()})
+            keys = [tuple(item.nested_key) or (item.key,) for item in record.history.item]
+            history.append(dict(zip(keys, (json.loads(item.value_json) for item in record.history.item), strict=True)))
     for name, step, value in numbers_of(trainer):
-        assert any(row["train/global_step"] == step and row.get(name) == pytest.approx(value) for row in history), name
-    tables = [row["eval/solutions"] for row in history if "eval/solutions" in row]
+        at_step = [row[(name,)] for row in history if row["train/global_step",] == step and (name,) in row]
+        assert pytest.approx(value) in at_step, (name, step)
+    tables = [row["eval/solutions", "path"] for row in history if ("eval/solutions", "path") in row]
     if not isinstance(trainer, StepCriticTrainer):
         assert not tables
         return
     assert len(tables) == 2
-    table = json.loads((path.parent / "files" / tables[-1]["path"]).read_text())
+    table = json.loads((path.parent / "files" / tables[-1]).read_text())
     assert table["columns"] == ["step", "prompt", "solution", "values", "outcome"]
     assert [row[0] for row in table["data"]] == [2, 2, 2]
     rows = rows_with_siblings()
     valued = trainer.predict_values(Dataset.from_list(rows))
     for shown, row, values in zip(table["data"], rows, valued["critic_values"], strict=False):
+        assert shown == 0, shown
         cell = (path.parent / "files" / shown[2]["path"]).read_text()
         assert cell == solution_html(row["completions"], values)
         assert shown[1] == row["prompt"]

@@ -115,6 +115,7 @@ class DAPOTrainer(_StepTrainer):
 
     _tag_names = POLICY_TAGS
     _name = "DAPO"
+    pipeline_tag = "text-generation"
     _paper = PAPER
     _template_file: Any = POLICY_TEMPLATE
     _weight_columns = ("advantages", "weights")

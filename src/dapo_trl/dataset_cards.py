@@ -180,17 +180,17 @@ def data_files(folder: Path, table: str) -> str | list[str]:
     return f"shards/*-{table}.parquet" if used == present else [f"shards/{name}" for name in used]
 
 
-def stage_repo_id(hub_dataset_id: str | None, run_folder: Path, stage_folder: Path) -> str:
+def hub_repo_id(prefix: str | None, run_folder: Path, folder: Path) -> str:
     """
-    Name of a stage's data set on the Hub.
+    Name on the Hub of what is in a folder of a run.
 
     Args:
-        hub_dataset_id (`str`, *optional*):
+        prefix (`str`, *optional*):
             Common part of the names. By default the name of the run's folder.
         run_folder (`Path`):
             Folder of the run.
-        stage_folder (`Path`):
-            Folder of the stage in it.
+        folder (`Path`):
+            Folder in it: of a stage or a model.
 
     Returns:
         `str`.
@@ -199,14 +199,14 @@ def stage_repo_id(hub_dataset_id: str | None, run_folder: Path, stage_folder: Pa
 
     ```python
     >>> from pathlib import Path
-    >>> from dapo_trl.dataset_cards import stage_repo_id
+    >>> from dapo_trl.dataset_cards import hub_repo_id
 
-    >>> stage_repo_id("me/math", Path("runs/math"), Path("runs/math/iteration-2/values"))
+    >>> hub_repo_id("me/math", Path("runs/math"), Path("runs/math/iteration-2/values"))
     'me/math-iteration-2-values'
 
     ```
     """
-    return "-".join([hub_dataset_id or run_folder.resolve().name, *stage_folder.relative_to(run_folder).parts])
+    return "-".join([prefix or run_folder.resolve().name, *folder.relative_to(run_folder).parts])
 
 
 # ---- Parts of a card ----

@@ -10,6 +10,7 @@ killed. With several iterations each policy is the next one's generator and refe
 import dataclasses
 import gc
 import json
+import os
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +20,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict
-from huggingface_hub import whoami
+from huggingface_hub import EvalResult, whoami
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dapo_trl.advantages import add_advantages
-from dapo_trl.cards import add_card_results
+from dapo_trl.cards import add_card_results, push_model_to_hub
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.dapo_trainer import DAPOTrainer
-from dapo_trl.dataset_cards import push_stage_to_hub, stage_repo_id, write_dataset_card
+from dapo_trl.dataset_cards import hub_repo_id, push_stage_to_hub, write_dataset_card
 from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
 from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
@@ -89,6 +90,7 @@ class Recipe:
         self.model: str = model_config.model_name_or_path
         self.folder = Path(arguments.output_dir)
         self.results: dict[str, Any] = {}
+        self.namespace = ""  # on the Hub, of who is logged in
         self._state = process_state()
         for name in ("model_name_or_path", "critic_model_name_or_path", "dataset_name"):
             refuse_missing_path(name, getattr(model_config if name.startswith("model") else arguments, name))
@@ -112,7 +114,7 @@ class Recipe:
                 carries signal.
         """
         if self.arguments.push_to_hub and self._state.is_main_process:
-            whoami()  # nobody shall find out after hours that they are not logged in
+            self.namespace = whoami()["name"]  # nobody shall find out after hours that they are not logged in
         sizes = f"{len(self.problems['train']):,} problems to train on, {len(self.problems['test']):,} held out"
         num_processes = self._state.num_processes
         print_title(sizes if num_processes == 1 else f"{sizes}; {num_processes} processes")
@@ -188,6 +190,18 @@ class Recipe:
         policy: Any = load_policy(model, config, get_quantization_config(self.model_config))
         policy = policy.to(self._state.device) if policy.device.type == "cpu" else policy
         return TransformersEngine(policy, self.tokenizer, a.generation_batch_size)
+
+    def hub_id(self, folder: Path, prefix: str | None) -> str:
+        """Name on the Hub of what is in a folder of the run; without `push_to_hub` a name that is not there."""
+        name = hub_repo_id(prefix, self.folder, folder)
+        return f"{self.namespace}/{name}" if self.namespace and "/" not in name else name
+
+    def published_settings(self) -> dict[str, Any]:
+        """What was set, for a card: without what belongs to this machine."""
+        given = changed_fields(self.arguments) | changed_fields(self.model_config)
+        private = {"output_dir", "server_urls", "estimate", "report_to", "max_concurrency"}
+        kept = {name: value for name, value in given.items() if name not in private and "hub" not in name}
+        return {name: _without_path(value) for name, value in kept.items()}
 
     def name_of(self, model: str) -> str:
         """A model as settings know it: by its place in the run's folder, which may be moved, or as it was given."""
@@ -335,10 +349,20 @@ class _Iteration:
         if not self._is_main:
             return
         a = self.arguments
-        repo_id = stage_repo_id(a.hub_dataset_id, self.recipe.folder, stage.folder)
+        repo_id = self.recipe.hub_id(stage.folder, a.hub_dataset_id)
         write_dataset_card(stage.folder, self._problems_on_hub, repo_id if a.push_to_hub else None)
         if a.push_to_hub:
             console.print(f"Published: {push_stage_to_hub(stage.folder, repo_id, a.hub_private_repo)}")
+
+    def _publish_model(self, folder: Path) -> None:
+        """A model and its finished card on the Hub, if that is wanted."""
+        a = self.arguments
+        if self._is_main and a.push_to_hub:
+            address = push_model_to_hub(folder, self._model_name(folder), a.hub_private_repo)
+            console.print(f"Published: {address}")
+
+    def _model_name(self, folder: Path) -> str:
+        return self.recipe.hub_id(folder, self.arguments.hub_model_id or self.arguments.hub_dataset_id)
 
     def _write(self, rows: Dataset, name: str) -> Path:
         path = self.folder / "data" / f"{name}.parquet"
@@ -404,7 +428,9 @@ class _Iteration:
         print_critic(self.results["critic"])
         free_memory()
         if self._is_main:
-            add_card_results(str(folder), critic_table(self.results["critic"]))
+            metrics = self.results["critic"]
+            add_card_results(str(folder), critic_table(metrics), critic_results(metrics, self._problems_on_hub))
+        self._publish_model(folder)
         data = self.folder / "data"
         cure = f"Delete {data / 'scored.json'} to score the rows again"
         return read_tables({data / "states_critic.parquet": cure}, data / ".cache")
@@ -437,7 +463,12 @@ class _Iteration:
         after = self.recipe.evaluate(title, model_path(folder), folder / "accuracy.json")
         self.results[f"policy_{source}"] = after
         if self._is_main:
-            add_card_results(str(folder), results_table(self.recipe.results["before"], after))
+            add_card_results(
+                str(folder),
+                results_table(self.recipe.results["before"], after),
+                policy_results(after, self._problems_on_hub, self.arguments.dataset_test_split),
+            )
+        self._publish_model(folder)
 
     def _settings(self, given: dict[str, Any], model: str, rows: str) -> dict[str, Any]:
         names = ("seed", "critic_model_name_or_path")
@@ -449,7 +480,15 @@ class _Iteration:
         """The model and its card; of an adapter also the model that it makes, for the stages that follow."""
         folder = Path(trainer.args.output_dir)
         trainer.save_model()
-        trainer.create_model_card(folder.name, self._problems_on_hub)
+        rows = self.recipe.hub_id(self.folder / "values", self.arguments.hub_dataset_id)
+        name = self._model_name(folder)
+        trainer.hub_model_id = name if self.arguments.push_to_hub else None
+        trainer.create_model_card(
+            name.rpartition("/")[2],
+            [rows, *([self._problems_on_hub] if self._problems_on_hub else [])],
+            critic_name=self._model_name(self.folder / "critic") if folder.name == "policy" else None,
+            recipe=self.recipe.published_settings(),
+        )
         if self._is_main and is_peft_model(trainer.model):
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
             merged.save_pretrained(folder / "merged")
@@ -508,6 +547,74 @@ def results_table(before: dict[str, Any], after: dict[str, Any]) -> dict[str, di
         }
         for title, name in names.items()
     }
+
+
+def policy_results(after: dict[str, Any], problems: str | None, split: str) -> list[EvalResult]:
+    """
+    Accuracies for the metadata of a card.
+
+    Args:
+        after (`dict`):
+            Fields of [`~dapo_trl.evaluation.Evaluation`] of the trained policy.
+        problems (`str`, *optional*):
+            Name of the problems on the Hub, if they are there.
+        split (`str`):
+            Split that was evaluated on.
+
+    Returns:
+        `list[EvalResult]`: greedy, mean@k and pass@k, in [0, 1].
+    """
+    k = after["k"]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=problems or "held-out",
+            dataset_name=problems or "held-out problems",
+            dataset_split=split if problems else None,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(after[name]["mean"], 6),
+        )
+        for kind, title, name in (
+            ("accuracy", "accuracy, greedy", "greedy"),
+            ("accuracy", f"accuracy, mean@{k}", "mean_at_k"),
+            ("pass@k", f"pass@{k}", "pass_at_k"),
+        )
+    ]
+
+
+def critic_results(metrics: dict[str, Any], problems: str | None) -> list[EvalResult]:
+    """
+    Metrics of the critic for the metadata of its card.
+
+    Args:
+        metrics (`dict`):
+            Metrics on the held-out problems.
+        problems (`str`, *optional*):
+            Name of the problems on the Hub, if they are there.
+
+    Returns:
+        `list[EvalResult]`.
+    """
+    return [
+        EvalResult(
+            task_type="reinforcement-learning",
+            dataset_type=problems or "held-out",
+            dataset_name="problems held out of training",
+            metric_type=name.removeprefix("eval_"),
+            metric_name=name.removeprefix("eval_").replace("_", " "),
+            metric_value=round(metrics[name], 6),
+        )
+        for name in ("eval_bce", "eval_bce_constant", "eval_skill", "eval_brier", "eval_calibration_error")
+    ]
+
+
+def _without_path(value: Any) -> Any:
+    """Of a local path, its name."""
+    if isinstance(value, dict):
+        return {name: _without_path(part) for name, part in value.items()}
+    is_path = isinstance(value, str) and os.path.exists(value.partition(":")[0])
+    return os.path.basename(os.path.normpath(value)) if is_path else value
 
 
 def stage_times(folder: Path) -> dict[str, dict[str, float]]:

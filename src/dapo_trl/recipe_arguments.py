@@ -108,13 +108,20 @@ class RecipeArguments:
         },
     )
     push_to_hub: bool = field(
-        default=False, metadata={"help": "Publish the data sets of both sampling stages on the Hub, with their cards."}
+        default=False, metadata={"help": "Publish data sets and models on the Hub, with their cards, as they are done."}
     )
     hub_dataset_id: str | None = field(
         default=None,
         metadata={
             "help": "Where: name of the data sets, to which '-sampled' and '-values' are added. Default: the name of "
             "the run's folder, in your own namespace."
+        },
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the models, to which '-critic', '-policy' and '-policy_monte_carlo' are added. Default: "
+            "that of the data sets."
         },
     )
     hub_private_repo: bool | None = field(

@@ -114,6 +114,7 @@ class StepCriticTrainer(_StepTrainer):
 
     _tag_names = CRITIC_TAGS
     _name = "Step Critic"
+    pipeline_tag = "token-classification"
     _paper = PAPER
     _template_file: Any = CRITIC_TEMPLATE
     _weight_columns = ("successes", "rollouts")

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PredictionOutput
 from trl.models import prepare_deepspeed
 from trl.trainer.base_trainer import _BaseTrainer
 
-from dapo_trl.cards import save_model_card
+from dapo_trl.cards import CardContents, hub_dataset, save_model_card
 from dapo_trl.collators import split_rows
 from dapo_trl.layouts import _LayoutMixin
 from dapo_trl.metrics import RatioMetrics, gather_uneven
@@ -39,6 +39,7 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
     (`_predictions`).
     """
 
+    pipeline_tag: str  # what the Hub shall offer the model for
     loss_is_scaled_for_ga: Any = True  # by the weight of the whole optimizer step, see `_get_num_items_in_batch`
 
     _weight_columns: tuple[str, ...]  # a row with zeros there counts nothing
@@ -57,6 +58,7 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         self._tokens_since_log: list[torch.Tensor] = []
         self._seconds_since_log = 0.0
         self._clock: float | None = None  # start of the stretch of training under way
+        self.card_contents = CardContents()
         self._groups: list[list[int]] | None = None
         self._attention = ""
         self.layout: str | None = None
@@ -151,6 +153,7 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
     ) -> tuple[Any, Any]:
         """The data sets as given at construction, prepared for models of these configurations."""
         self.preprocessing_report: dict[str, dict[str, int]] = {}
+        self.hub_dataset = hub_dataset(train_dataset)
         if eval_dataset is None and args.eval_strategy != "no":
             raise ValueError(
                 f"`eval_strategy={str(args.eval_strategy.value)!r}` needs an `eval_dataset`. Give one, or set "
@@ -353,9 +356,9 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
             *args:
                 The same without names, in the order of `kwargs`.
             **kwargs:
-                `model_name` (`str`), `dataset_name` (`str`), `tags` (`str` or `list[str]`) besides the trainer's own,
-                and `results` (`dict`), rows of the table of results; all optional, see
-                [`~dapo_trl.cards.save_model_card`].
+                `model_name` (`str`), `tags` (`str` or `list[str]`) besides the trainer's own, and the fields of
+                [`~dapo_trl.cards.CardContents`], such as `dataset_name` and `critic_name`; all optional. They can be
+                passed to `push_to_hub` too.
         """
         save_model_card(self, super().create_model_card, *args, **kwargs)
 
