@@ -110,7 +110,7 @@ def test_wandb(tmp_path, tokenizer, make_trainer, monkeypatch):
     """An offline run: its file holds every number, and of the critic a table of solutions coloured by value."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_DISABLED", raising=False)
-    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "DATA_DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     trainer = make_trainer(tmp_path, tokenizer, report_to="wandb")
     trainer.train()
@@ -129,22 +129,22 @@ def test_wandb(tmp_path, tokenizer, make_trainer, monkeypatch):
     for name, step, value in numbers_of(trainer):
         at_step = [row[(name,)] for row in history if row["train/global_step",] == step and (name,) in row]
         assert pytest.approx(value) in at_step, (name, step)
-    tables = [row["eval/solutions", "path"] for row in history if ("eval/solutions", "path") in row]
+    tables = [
+        {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents}
+        for record in wandb_records(path)
+        if record.WhichOneof("record_type") == "artifact"
+    ]
     if not isinstance(trainer, StepCriticTrainer):
         assert not tables
         return
     assert len(tables) == 2
-    table = json.loads((path.parent / "files" / tables[-1]).read_text())
+    table = json.loads(tables[-1]["eval/solutions.table.json"].read_text())
     assert table["columns"] == ["step", "prompt", "solution", "values", "outcome"]
-    assert [row[0] for row in table["data"]] == [2, 2, 2]
-    rows = rows_with_siblings()
+    rows = rows_with_siblings()[:3]
     valued = trainer.predict_values(Dataset.from_list(rows))
-    for shown, row, values in zip(table["data"], rows, valued["critic_values"], strict=False):
-        assert shown == 0, shown
-        cell = (path.parent / "files" / shown[2]["path"]).read_text()
-        assert cell == solution_html(row["completions"], values)
-        assert shown[1] == row["prompt"]
-        assert shown[4] == row["values"][-1]
+    for shown, row, values in zip(table["data"], rows, valued["critic_values"], strict=True):
+        assert tables[-1][shown[2]["path"]].read_text() == solution_html(row["completions"], values)
+        assert [shown[0], shown[1], shown[4]] == [2, row["prompt"], row["values"][-1]]
 
 
 def test_colours_follow_values():

@@ -100,7 +100,8 @@ class DAPOTrainer(_StepTrainer):
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
             Own metrics at evaluation. `predictions` are the log-ratios of all pairs, `label_ids` their advantages.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
-            Callbacks besides the default ones.
+            Callbacks besides the default ones. For accuracy on held-out problems while training, and the most accurate
+            checkpoint kept, `add_callback` an [`AccuracyCallback`].
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning-rate scheduler; `None` for AdamW and a linear decay.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):

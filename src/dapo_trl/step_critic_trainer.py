@@ -99,7 +99,8 @@ class StepCriticTrainer(_StepTrainer):
             Own metrics at evaluation instead of the default ones. `predictions` are the logits of all states,
             `label_ids` of shape `(S, 2)` their successes and rollouts.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
-            Callbacks besides the default ones.
+            Callbacks besides the default ones. For a table of solutions coloured by the critic's values, `add_callback`
+            a [`SolutionTableCallback`].
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning-rate scheduler; `None` for AdamW and a linear decay.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
