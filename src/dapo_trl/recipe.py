@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict
-from huggingface_hub import EvalResult, whoami
+from huggingface_hub import whoami
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -50,8 +50,10 @@ from dapo_trl.store import (
 )
 from dapo_trl.summary import (
     console,
+    critic_results,
     critic_table,
     draw_values,
+    policy_results,
     print_critic,
     print_evaluation,
     print_results,
@@ -547,66 +549,6 @@ def results_table(before: dict[str, Any], after: dict[str, Any]) -> dict[str, di
         }
         for title, name in names.items()
     }
-
-
-def policy_results(after: dict[str, Any], problems: str | None, split: str) -> list[EvalResult]:
-    """
-    Accuracies for the metadata of a card.
-
-    Args:
-        after (`dict`):
-            Fields of [`~dapo_trl.evaluation.Evaluation`] of the trained policy.
-        problems (`str`, *optional*):
-            Name of the problems on the Hub, if they are there.
-        split (`str`):
-            Split that was evaluated on.
-
-    Returns:
-        `list[EvalResult]`: greedy, mean@k and pass@k, in [0, 1].
-    """
-    k = after["k"]
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=problems or "held-out",
-            dataset_name=problems or "held-out problems",
-            dataset_split=split if problems else None,
-            metric_type=kind,
-            metric_name=title,
-            metric_value=round(after[name]["mean"], 6),
-        )
-        for kind, title, name in (
-            ("accuracy", "accuracy, greedy", "greedy"),
-            ("accuracy", f"accuracy, mean@{k}", "mean_at_k"),
-            ("pass@k", f"pass@{k}", "pass_at_k"),
-        )
-    ]
-
-
-def critic_results(metrics: dict[str, Any], problems: str | None) -> list[EvalResult]:
-    """
-    Metrics of the critic for the metadata of its card.
-
-    Args:
-        metrics (`dict`):
-            Metrics on the held-out problems.
-        problems (`str`, *optional*):
-            Name of the problems on the Hub, if they are there.
-
-    Returns:
-        `list[EvalResult]`.
-    """
-    return [
-        EvalResult(
-            task_type="reinforcement-learning",
-            dataset_type=problems or "held-out",
-            dataset_name="problems held out of training",
-            metric_type=name.removeprefix("eval_"),
-            metric_name=name.removeprefix("eval_").replace("_", " "),
-            metric_value=round(metrics[name], 6),
-        )
-        for name in ("eval_bce", "eval_bce_constant", "eval_skill", "eval_brier", "eval_calibration_error")
-    ]
 
 
 def _without_path(value: Any) -> Any:

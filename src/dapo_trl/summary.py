@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub import EvalResult
 from rich.console import Console
 from rich.table import Table
 
@@ -99,6 +100,66 @@ def critic_table(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     names |= {"eval_skill": "skill", "eval_brier": "Brier score", "eval_calibration_error": "calibration error"}
     names |= {"eval_sibling_ranking": "siblings ordered alike (0.3 apart)"}
     return {title: {"held-out problems": metrics[name]} for name, title in names.items()}
+
+
+def policy_results(after: dict[str, Any], problems: str | None, split: str) -> list[EvalResult]:
+    """
+    Accuracies for the metadata of a card.
+
+    Args:
+        after (`dict`):
+            Fields of [`~dapo_trl.evaluation.Evaluation`] of the trained policy.
+        problems (`str`, *optional*):
+            Name of the problems on the Hub, if they are there.
+        split (`str`):
+            Split that was evaluated on.
+
+    Returns:
+        `list[EvalResult]`: greedy, mean@k and pass@k, in [0, 1].
+    """
+    k = after["k"]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=problems or "held-out",
+            dataset_name=problems or "held-out problems",
+            dataset_split=split if problems else None,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(after[name]["mean"], 6),
+        )
+        for kind, title, name in (
+            ("accuracy", "accuracy, greedy", "greedy"),
+            ("accuracy", f"accuracy, mean@{k}", "mean_at_k"),
+            ("pass@k", f"pass@{k}", "pass_at_k"),
+        )
+    ]
+
+
+def critic_results(metrics: dict[str, Any], problems: str | None) -> list[EvalResult]:
+    """
+    Metrics of the critic for the metadata of its card.
+
+    Args:
+        metrics (`dict`):
+            Metrics on the held-out problems.
+        problems (`str`, *optional*):
+            Name of the problems on the Hub, if they are there.
+
+    Returns:
+        `list[EvalResult]`.
+    """
+    return [
+        EvalResult(
+            task_type="reinforcement-learning",
+            dataset_type=problems or "held-out",
+            dataset_name="problems held out of training",
+            metric_type=name.removeprefix("eval_"),
+            metric_name=name.removeprefix("eval_").replace("_", " "),
+            metric_value=round(metrics[name], 6),
+        )
+        for name in ("eval_bce", "eval_bce_constant", "eval_skill", "eval_brier", "eval_calibration_error")
+    ]
 
 
 def print_results(results: dict[str, Any]) -> None:
