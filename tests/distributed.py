@@ -66,12 +66,15 @@ def make_trainer(run: str, folder: Path, model: str, max_steps: int, **kwargs):
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout)
     shared = {"model": model, "peft_config": peft_config if "lora" in options else None}
     make_rows = random_state_rows if kind == "policy" else random_solution_rows
-    shared["train_dataset"] = Dataset.from_list(make_rows(25, seed=1))
+    shared["train_dataset"] = Dataset.from_list(make_rows(26 if kind == "policy" else 25, seed=1))  # one is dropped
     shared["eval_dataset"] = Dataset.from_list(make_rows(7, seed=2))
     if kind == "critic":
-        return StepCriticTrainer(args=StepCriticConfig(str(folder), **arguments), **shared)
-    arguments["precompute_ref_log_probs"] = "online" not in options
-    return DAPOTrainer(args=DAPOConfig(str(folder), beta=0.1, **arguments), **shared)
+        trainer = StepCriticTrainer(args=StepCriticConfig(str(folder), **arguments), **shared)
+    else:
+        arguments["precompute_ref_log_probs"] = "online" not in options
+        trainer = DAPOTrainer(args=DAPOConfig(str(folder), beta=0.1, **arguments), **shared)
+    assert len(trainer.train_dataset) == 25
+    return trainer
 
 
 def kill_after(step: int):

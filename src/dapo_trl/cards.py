@@ -344,10 +344,11 @@ def _data(trainer: Any) -> str:
     report = trainer.preprocessing_report
     if not report:
         return "No training data."
-    columns = list(next(iter(report.values())))
+    columns = list(dict.fromkeys(column for counts in report.values() for column in counts))
     lines = [f"| split | {' | '.join(name.replace('_', ' ') for name in columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [
-        f"| {split} | {' | '.join(f'{counts[name]:,}' for name in columns)} |" for split, counts in report.items()
+        f"| {split} | {' | '.join(f'{counts[name]:,}' if name in counts else '' for name in columns)} |"
+        for split, counts in report.items()
     ]
     return "\n".join(lines)
 

@@ -54,8 +54,8 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
 
     def __init__(self, data_collator: Any, default_collator: Callable[..., Any], **kwargs: Any) -> None:
         self._metrics = {"train": RatioMetrics(), "eval": RatioMetrics()}
-        self._num_tokens = 0.0
-        self._tokens_since_log: list[torch.Tensor] = []
+        self._uncounted_tokens: list[torch.Tensor] = []
+        self._num_tokens_since_log = 0
         self._seconds_since_log = 0.0
         self._clock: float | None = None  # start of the stretch of training under way
         self.card_contents = CardContents()
@@ -250,7 +250,7 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         if "num_tokens" in inputs:
             self._record_batch(inputs)
             tokens, pair_tokens = inputs["num_tokens"], inputs["num_pair_tokens"]
-            self._tokens_since_log.append(tokens)
+            self._uncounted_tokens.append(tokens)
             self._metrics["train"].add("tokens/saved", (pair_tokens - tokens).float(), pair_tokens.float())
         parts = split_rows(inputs) if self._runs_rows_apart else [inputs]
         losses = [super(_StepTrainer, self).training_step(model, part, *args, **kwargs) for part in parts]
@@ -273,20 +273,30 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         super().log(logs, start_time)
 
     def _token_metrics(self) -> dict[str, float]:
-        if not self._tokens_since_log:
+        self._count_tokens()
+        if not self._num_tokens_since_log:
             return {}
         if self._clock is not None:
             self.stop_clock()
             self._clock = time.perf_counter()
-        own = torch.stack([tokens.float() for tokens in self._tokens_since_log]).sum().to(self.accelerator.device)
-        tokens = float(self.accelerator.reduce(own, reduction="sum"))
-        self._num_tokens += tokens
-        metrics = {"num_tokens": self._num_tokens}
+        metrics = {"num_tokens": float(self.state.num_input_tokens_seen)}
         if self._seconds_since_log:
-            metrics["tokens/per_second"] = tokens / self._seconds_since_log
-        self._tokens_since_log.clear()
-        self._seconds_since_log = 0.0
+            metrics["tokens/per_second"] = self._num_tokens_since_log / self._seconds_since_log
+        self._num_tokens_since_log, self._seconds_since_log = 0, 0.0
         return metrics
+
+    def _count_tokens(self) -> None:
+        """Add what this and all other processes have trained on to the state, which checkpoints keep."""
+        if not self._uncounted_tokens:
+            return
+        own = torch.stack(self._uncounted_tokens).sum().to(self.accelerator.device)
+        tokens = int(self.accelerator.reduce(own, reduction="sum"))
+        self.state.num_input_tokens_seen += tokens
+        self._num_tokens_since_log += tokens
+        self._uncounted_tokens.clear()
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """`Trainer` would count padding, or rows of an attention mask that trees do not have."""
 
     def prediction_step(
         self,
@@ -364,6 +374,7 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.stop_clock()
+        self._count_tokens()
         name = self.args.hub_model_id or Path(self.args.output_dir or "").name
         self.create_model_card(model_name=name.split("/")[-1])
         super()._save_checkpoint(model, trial)
