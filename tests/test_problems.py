@@ -51,6 +51,31 @@ def test_problems_of_a_function():
     )
 
 
+def questions(first, last):
+    return [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(first, last)]
+
+
+def test_test_problems_are_none_of_training(tmp_path, caplog):
+    """Six of twelve test problems are trained on. The others are enough where four are asked for, not for ten."""
+    for name, rows in (("train", questions(0, 10)), ("test", questions(4, 16))):
+        write(tmp_path / f"{name}.jsonl", *rows)
+    for number, expected in ((4, 4), (10, 6)):
+        parts = load_problems(str(tmp_path), make_tokenizer(), num_test=number)
+        assert len(parts["test"]) == expected
+        assert not set(parts["train"]["prompt"]) & set(parts["test"]["prompt"])
+    assert caplog.text.count("6 test problems are also in training and were left out") == 2
+
+
+def test_test_problems_of_a_function_are_none_of_training(tmp_path, caplog):
+    path = tmp_path / "own.py"
+    path.write_text("def make(split, n, seed):\n    return [{'prompt': f'{i}+1?', 'answer': '1'} for i in range(n)]\n")
+    parts = load_problems(f"{path}:make", make_tokenizer(), num_train=3, num_test=5)
+    assert parts["test"]["prompt"][:] == ["3+1?", "4+1?"]
+    assert "3 test problems are also in training and were left out" in caplog.text
+    with pytest.raises(ValueError, match="all 3 test problems are also in training, so there is none to evaluate on"):
+        load_problems(f"{path}:make", make_tokenizer(), num_train=3, num_test=3)
+
+
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -4,8 +4,9 @@ Problems from a local file, from the Hub, or from a Python function: rows with `
 
 import importlib.util
 import json
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from dapo_trl.tokenization import TEMPLATE_COLUMNS, encode_prompt, template_arguments
 from dapo_trl.verifiers import check_answers
 
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _QUESTION_COLUMNS = ("question", "problem", "prompt")
@@ -50,7 +53,8 @@ def load_problems(
         num_train (`int`, *optional*):
             Problems to train on, a sample of the split. `None` for all.
         num_test (`int`, *optional*):
-            Problems to evaluate on. `None` for all, or for 1,000 held-out ones.
+            Problems to evaluate on. `None` for all, or for 1,000 held-out ones. Those whose prompt is trained on are
+            left out before, with a warning.
         prompt_template (`str`, *optional*, defaults to `"{question}"`):
             How a question is put.
         seed (`int`, *optional*, defaults to `0`):
@@ -61,7 +65,8 @@ def load_problems(
         `chat_template_kwargs` if the data set has them.
 
     Raises:
-        ValueError: if there is no such file, function, split or column, no problem, or an answer cannot be parsed.
+        ValueError: if there is no such file, function, split or column, no problem, none to evaluate on that is not
+            trained on, or an answer cannot be parsed.
     """
     path, _, function = name.partition(":")
     if path.endswith(".py"):
@@ -75,7 +80,7 @@ def load_problems(
             }
         except Exception as error:
             raise ValueError(f"{name} failed: {type(error).__name__}: {error}") from error
-        return _checked(DatasetDict({part: Dataset.from_list(rows) for part, rows in made.items()}), name)
+        return _checked(Dataset.from_list(made["train"]), Dataset.from_list(made["test"]), num_test, name)
     parts = _read(name, config, train_split)
     if test_split in parts:
         train, test = parts[train_split], parts[test_split]
@@ -84,19 +89,20 @@ def load_problems(
         size = min(num_test or 1000, len(whole) // 2)
         test, train = whole.select(range(size)), whole.select(range(size, len(whole)))
     # Seeded, so that a smaller number of problems is a sample of all of them.
-    train, test = _first(train.shuffle(seed=seed), num_train), _first(test.shuffle(seed=seed), num_test)
-    _refuse_empty({"train": train, "test": test}, name)
+    train, test = _first(train.shuffle(seed=seed), num_train), test.shuffle(seed=seed)
+    _refuse_empty(train, test, name)
     train, test = (_as_problems(part, prompt_template, tokenizer) for part in (train, test))
-    seen = {json.dumps(prompt) for prompt in train["prompt"]}
-    test = test.filter(lambda row: json.dumps(row["prompt"]) not in seen)
-    return _checked(DatasetDict(train=train, test=test), name)
+    return _checked(train, test, num_test, name)
 
 
-def _checked(parts: DatasetDict, name: str) -> DatasetDict:
-    _refuse_empty(parts, name)
-    for problems in parts.values():
+def _checked(train: Dataset, test: Dataset, num_test: int | None, name: str) -> DatasetDict:
+    _refuse_empty(train, test, name)
+    for problems in (train, test):
         for column in ("prompt", "answer"):
             _find_column(problems, (column,))
+    parts = DatasetDict(train=train, test=_first(_set_apart(train, test, name), num_test))
+    for problems in parts.values():
+        for column in ("prompt", "answer"):
             if empty := [row for row in problems if row[column] in (None, "", [])]:
                 rows = f"{len(empty)} of {len(problems)} rows"
                 raise ValueError(f"{name}: {rows} have no {column}, the first is {empty[0]}. Leave them out.")
@@ -104,8 +110,23 @@ def _checked(parts: DatasetDict, name: str) -> DatasetDict:
     return parts
 
 
-def _refuse_empty(parts: Mapping[str, Dataset], name: str) -> None:
-    for purpose, problems in zip(("train", "evaluate"), parts.values(), strict=True):
+def _set_apart(train: Dataset, test: Dataset, name: str) -> Dataset:
+    """The test problems whose prompts are not among those of training."""
+    seen = {json.dumps(prompt) for prompt in train["prompt"]}
+    apart = test.filter(lambda row: json.dumps(row["prompt"]) not in seen)
+    num_shared = len(test) - len(apart)
+    if not len(apart):
+        raise ValueError(
+            f"{name}: all {num_shared} test problems are also in training, so there is none to evaluate on. Give a "
+            "test split of other problems, or fewer to train on."
+        )
+    if num_shared:
+        logger.warning(f"{name}: {num_shared} test problems are also in training and were left out.")
+    return apart
+
+
+def _refuse_empty(train: Dataset, test: Dataset, name: str) -> None:
+    for purpose, problems in (("train", train), ("evaluate", test)):
         if not len(problems):
             raise ValueError(f"{name} has no problem to {purpose} on. Check the file, the splits and the numbers.")
 
