@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 import reference
-from dapo_trl.values import Counts, Sample, StoppingRule, monte_carlo_values, prefix_counts, sequential_value
+from dapo_trl.values import (
+    Counts,
+    Sample,
+    StoppingRule,
+    candidate_shares,
+    candidate_value,
+    monte_carlo_values,
+    prefix_counts,
+    sequential_value,
+)
 
 
 def random_samples(num_samples: int, seed: int) -> list[Sample]:
@@ -219,6 +228,91 @@ class TestSequentialValue:
     def test_refuses_what_cannot_be(self):
         with pytest.raises(ValueError, match="0 successes in 8 completions cannot be: the state stops earlier"):
             sequential_value(0, 8, RULES[0])
+        for rule in (RULES[0], StoppingRule(8, 8, 0.15)):
+            with pytest.raises(ValueError, match="A state without completions has no value"):
+                sequential_value(0, 0, rule)
+
+
+# Candidates of a state by (probability, value).
+POLICIES = [{"a": (0.5, 0.1), "b": (0.5, 0.1)}, {"a": (0.8, 0.05), "b": (0.2, 0.5)}]
+CANDIDATE_RULES = [StoppingRule(2, 6, 0.2), StoppingRule(3, 6, 0.17), StoppingRule(6, 6, 0.2)]
+
+
+def count_of(draws, step=None) -> Counts:
+    """Outcomes of the draws, or of those among them that took a step."""
+    rewards = [reward for taken, reward in draws if step in (None, taken)]
+    return Counts(sum(rewards), len(rewards))
+
+
+class TestCandidateValue:
+    def test_by_hand(self):
+        """
+        Looks after 4 and 8; one success in 8, so V = 1/4. Candidate a took the success and 3 of the 7 failures: shares
+        1/4 and 3/4 * 3/7 = 9/28, value 1/4 / (16/28) = 7/16. Candidate b has 4 failures: no share of success.
+        """
+        rule, state, none = RULES[0], Counts(1, 8), Counts(0, 0)
+        assert candidate_shares(Counts(1, 4), state, rule) == pytest.approx((1 / 4, 9 / 28))
+        assert candidate_value(Counts(1, 4), none, state, rule) == pytest.approx(7 / 16)
+        assert candidate_value(Counts(0, 4), none, state, rule) == 0.0
+        # Two more that came after the stop, one of them right: (8/4 + 1) / (8 * 16/28 + 2).
+        assert candidate_value(Counts(1, 4), Counts(1, 2), state, rule) == pytest.approx(3 / (32 / 7 + 2))
+        assert candidate_value(none, Counts(1, 2), state, rule) == 0.5
+
+    @pytest.mark.parametrize("rule", CANDIDATE_RULES)
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_shares_are_unbiased(self, rule, policy):
+        """Expectation over all sequences of candidates and outcomes, enumerated: p(a) V(a) and p(a) (1 - V(a))."""
+        kinds = [(step, reward) for step in policy for reward in (0.0, 1.0)]
+        weights = {(step, r): p * (v if r else 1 - v) for step, (p, v) in policy.items() for r in (0.0, 1.0)}
+        mean = {step: np.zeros(2) for step in policy}
+        for draws in itertools.product(kinds, repeat=rule.maximum):
+            stopped = draws[: rule.stopping_time([reward for _, reward in draws])]
+            probability = math.prod(weights[kind] for kind in draws)
+            for step in policy:
+                shares = candidate_shares(count_of(stopped, step), count_of(stopped), rule)
+                mean[step] += probability * np.array(shares)
+        for step, (p, v) in policy.items():
+            assert mean[step] == pytest.approx([p * v, p * (1 - v)], abs=1e-12)
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_shares_sum_to_the_value_of_the_state(self, rule):
+        rng = random.Random(0)
+        for _ in range(200):
+            draws = [(rng.choice("abc"), float(rng.random() < 0.3)) for _ in range(rule.maximum)]
+            stopped = draws[: rule.stopping_time([reward for _, reward in draws])]
+            state = count_of(stopped)
+            shares = np.array([candidate_shares(count_of(stopped, step), state, rule) for step in "abc"])
+            value = sequential_value(*state, rule)
+            assert shares.sum(axis=0) == pytest.approx([value, 1 - value])
+
+    def test_with_one_number_for_all_it_is_the_mean(self):
+        """Exactly, and with outcomes between 0 and 1."""
+        rule = StoppingRule(16, 16, 0.15)
+        assert candidate_value(Counts(0.3, 3), Counts(0.4, 4), Counts(5.1, 16), rule) == (0.3 + 0.4) / 7
+
+    @pytest.mark.parametrize("rule", [*RULES, StoppingRule(1, 9, 0.19), StoppingRule(2, 15, 0.12)])
+    def test_every_candidate_has_a_share(self, rule):
+        """Wherever a state can stop, a candidate with a single outcome has the value of that outcome."""
+        none, reached = Counts(0, 0), 0
+        for rollouts, successes in itertools.product(range(1, rule.maximum + 1), range(rule.maximum + 1)):
+            state = Counts(successes, rollouts)
+            try:
+                sequential_value(*state, rule)
+            except ValueError:
+                continue
+            reached += 1
+            if successes:
+                assert candidate_value(Counts(1, 1), none, state, rule) == 1.0
+            if successes < rollouts:
+                assert candidate_value(Counts(0, 1), none, state, rule) == 0.0
+        assert reached > rule.minimum
+
+    def test_refuses_what_has_no_value(self):
+        none = Counts(0, 0)
+        with pytest.raises(ValueError, match="A candidate without completions has no value"):
+            candidate_value(none, none, Counts(1, 8), RULES[0])
+        with pytest.raises(ValueError, match="A state without completions has no value"):
+            candidate_value(Counts(1, 1), none, none, RULES[0])
 
 
 class TestStoppingRule:

@@ -240,7 +240,7 @@ def sequential_value(successes: float, rollouts: int, rule: StoppingRule) -> flo
         `float` in [0, 1]; s / n if every state gets the same number.
 
     Raises:
-        ValueError: if a state would have stopped earlier.
+        ValueError: if there are no completions, or a state would have stopped earlier.
 
     Example:
 
@@ -255,6 +255,8 @@ def sequential_value(successes: float, rollouts: int, rule: StoppingRule) -> flo
 
     ```
     """
+    if not rollouts:
+        raise ValueError("A state without completions has no value.")
     if rule.minimum == rule.maximum:
         return successes / rollouts
     ways, ways_after_success = _count_ways(rule)
@@ -262,6 +264,105 @@ def sequential_value(successes: float, rollouts: int, rule: StoppingRule) -> flo
     if not ways.get(place):
         raise ValueError(f"{successes:g} successes in {rollouts} completions cannot be: the state stops earlier.")
     return ways_after_success.get(place, 0) / ways[place]
+
+
+def candidate_shares(candidate: Counts, state: Counts, rule: StoppingRule) -> tuple[float, float]:
+    r"""
+    How likely a completion of a state takes a candidate and ends correct, or takes it and ends wrong.
+
+    $$
+    \hat q^+(a) = \hat v \, \frac{s_a}{s}, \qquad \hat q^-(a) = (1 - \hat v) \, \frac{f_a}{f}
+    $$
+
+    with the state's s successes and f failures when it stopped, $s_a$ and $f_a$ of them by candidate a, and the
+    unbiased value $\hat v$ of [`sequential_value`]. The rule sees outcomes only. So given s and f at the stop, any
+    order of the candidates is as likely as another within the successes, and within the failures: the first completion
+    is a success with probability $\hat v$, and then takes a with probability $s_a / s$. The first completion is drawn
+    before anything is decided, so both shares are unbiased, for p(a) V(a) and p(a) (1 - V(a)): the argument of
+    Girshick, Mosteller and Savage (1946), one step on.
+
+    Args:
+        candidate ([`Counts`]):
+            Outcomes of the completions that took the candidate.
+        state ([`Counts`]):
+            Outcomes of all completions of the state up to the stop, those of the candidate among them.
+        rule ([`StoppingRule`]):
+            The rule by which the state stopped.
+
+    Returns:
+        `tuple[float, float]`: shares of successes and of failures, in [0, 1]. Over all candidates they sum to
+        $\hat v$ and $1 - \hat v$.
+
+    Raises:
+        ValueError: if the state has no completions, or would have stopped earlier.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.values import Counts, StoppingRule, candidate_shares
+
+    >>> rule = StoppingRule(minimum=4, maximum=8, precision=0.15)
+    >>> candidate_shares(Counts(1, 4), Counts(1, 8), rule)  # V = 1/4, all successes and 3 of 7 failures
+    (0.25, 0.32142857142857145)
+
+    ```
+    """
+    value = sequential_value(*state, rule)
+    failures = state.rollouts - state.successes
+    success_share = value * candidate.successes / state.successes if state.successes else 0.0
+    failure_share = (1 - value) * (candidate.rollouts - candidate.successes) / failures if failures else 0.0
+    return success_share, failure_share
+
+
+def candidate_value(candidate: Counts, later: Counts, state: Counts, rule: StoppingRule) -> float:
+    r"""
+    Value of a candidate step whose number of completions was decided by the outcomes of the state that it leaves.
+
+    $$
+    \hat V(a) = \frac{n \hat q^+(a) + s'_a}{n (\hat q^+(a) + \hat q^-(a)) + s'_a + f'_a}
+    $$
+
+    with the shares of [`candidate_shares`], which weigh as much as the n completions up to the stop, and $s'_a$, $f'_a$
+    successes and failures of those after it, which decided nothing. The plain mean is too low for a candidate that
+    seldom succeeds: a state stops soon where all its completions fail. A ratio of two unbiased numbers is not quite
+    unbiased itself, but nearly.
+
+    Args:
+        candidate ([`Counts`]):
+            Outcomes of the candidate's completions up to the stop.
+        later ([`Counts`]):
+            Outcomes of its completions after the stop.
+        state ([`Counts`]):
+            Outcomes of all completions of the state up to the stop, n of them.
+        rule ([`StoppingRule`]):
+            The rule by which the state stopped.
+
+    Returns:
+        `float` in [0, 1]. The mean outcome if every state gets the same number.
+
+    Raises:
+        ValueError: if the candidate or the state has no completions, or the state would have stopped earlier.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.values import Counts, StoppingRule, candidate_value
+
+    >>> rule = StoppingRule(minimum=4, maximum=8, precision=0.15)
+    >>> candidate_value(Counts(1, 4), Counts(0, 0), Counts(1, 8), rule)  # the plain mean is 1/4
+    0.4375
+
+    ```
+    """
+    rollouts = candidate.rollouts + later.rollouts
+    if not rollouts:
+        raise ValueError("A candidate without completions has no value.")
+    if rule.minimum == rule.maximum:
+        return (candidate.successes + later.successes) / rollouts
+    successes, failures = (state.rollouts * share for share in candidate_shares(candidate, state, rule))
+    successes += later.successes
+    failures += later.rollouts - later.successes
+    return successes / (successes + failures)  # not 0 / 0: where an outcome was seen, the share of its kind is positive
 
 
 @lru_cache(maxsize=16)
