@@ -6,11 +6,20 @@ it; they form a tree, whose root is the bare prompt.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from dapo_trl.values import Counts, Sample, State, StoppingRule, prefix_counts, sequential_value
+from dapo_trl.values import (
+    Counts,
+    Sample,
+    State,
+    StoppingRule,
+    candidate_value,
+    prefix_counts,
+    sequential_value,
+)
 
 
 @dataclass(frozen=True)
@@ -27,14 +36,17 @@ class Rollout:
             Outcome in [0, 1], `None` if it cannot be judged.
         truncated (`bool`):
             Whether it broke off at the length limit.
+        alters_state (`bool`, *optional*, defaults to `False`):
+            Whether its beginning belongs to the last step of the state that it starts from.
     """
 
     steps: tuple[str, ...]
     steps_ids: tuple[tuple[int, ...], ...]
     reward: float | None
     truncated: bool
+    alters_state: bool = False
 
-    @property
+    @cached_property
     def actions(self) -> State:
         """
         What tells the steps apart: their text, and for the last one that it ended the solution, or broke off.
@@ -88,6 +100,13 @@ class StateTree:
     of its own only when the state before it has all of its. Of a completion only the steps up to the first one that
     leaves the tree are kept: nothing after that says anything about a state of the tree or its candidates.
 
+    A step is an action together with its boundary: completions that pass through a state go on there with a new step.
+    One that starts there may end at once instead, or go on with the last step, such as by another line break. Then it
+    took another action one state earlier, and is no sample of this state. Without those, own and passing completions
+    have one distribution, whose value is V(s') = E[outcome | the step to s' is complete, and another follows]; then
+    V(s) is the sum of p(a) V(s ∘ a) over the actions of s. Such a completion has been drawn, as one that cannot be
+    judged, and uses up the largest number of the rule.
+
     Args:
         kept (sequence of [`Rollout`]):
             Solutions whose states shall be valued.
@@ -106,6 +125,7 @@ class StateTree:
         self._passages: dict[State, list[Passage]] = {state: [] for state in self.states}
         self._own: dict[State, list[Sample]] = {state: [] for state in self.states}
         self._num_own: Counter[State] = Counter()
+        self._num_altered: Counter[State] = Counter()
 
     # ---- Sampling ----
 
@@ -138,9 +158,13 @@ class StateTree:
             state (`tuple`):
                 Where it starts.
             rollout ([`Rollout`]):
-                The completion. One that cannot be judged has been drawn, but says nothing.
+                The completion. One that cannot be judged has been drawn, but says nothing; nor does one that makes
+                another state of the one that it starts from.
         """
         self._num_own[state] += 1
+        if state and (rollout.alters_state or not rollout.steps):
+            self._num_altered[state] += 1
+            return
         actions = rollout.actions
         self._passages[state].append(rollout.passage(0))
         depth = min(len(actions), 1)
@@ -156,7 +180,8 @@ class StateTree:
         if self.rule.stopping_time(rewards) is not None:
             return 0
         next_look = next(look for look in self.rule.looks if look > len(rewards))
-        return min(next_look - len(rewards), max(self.rule.maximum - len(self._passages[state]), 0))
+        num_drawn = len(self._passages[state]) + self._num_altered[state]
+        return min(next_look - len(rewards), max(self.rule.maximum - num_drawn, 0))
 
     def _judged(self, state: State) -> list[Passage]:
         return [passage for passage in self._passages[state] if passage.reward is not None]
@@ -176,9 +201,15 @@ class StateTree:
 
         Returns:
             `tuple[list[dict], list[dict], Counter]`: solution rows with values, state rows with at least two
-            candidates, and counts of what was left out.
+            candidates, and counts of what was left out:
+
+            - `solutions_without_value`: kept solutions with a state that has no outcome at all;
+            - `states_with_one_candidate`: states whose completions all took the same step;
+            - `candidates_cut_off`: completions that broke off within the next step of a state;
+            - `completions_altering_state`: completions that ended at once, or went on with the last step of the state
+              that they started from.
         """
-        left_out: Counter[str] = Counter()
+        left_out: Counter[str] = Counter(completions_altering_state=self._num_altered.total())
         counts = self._count_outcomes(prompt_outcomes)
         values = {state: self._value(state, counts[state]) for state in self.states if state in counts}
         valued = [solution for solution in self.kept if solution.states.keys() <= values.keys()]
@@ -194,12 +225,35 @@ class StateTree:
         return prefix_counts([*samples, *(sample for own in self._own.values() for sample in own)])
 
     def _value(self, state: State, counts: Counts) -> float:
-        """Mean outcome; where outcomes decided the number of completions, what is unbiased under that rule."""
-        if self.rule.minimum == self.rule.maximum:
+        """
+        Mean outcome; where outcomes decided the number of completions, what is unbiased under that rule.
+
+        A state whose own completions say nothing has at most outcomes that others brought, and takes their mean.
+        """
+        stopped = self._at_stop(state)
+        if self.rule.minimum == self.rule.maximum or not stopped:
             return counts.value
-        rewards = self._rewards(state)
-        stop = self.rule.stopping_time(rewards) or len(rewards)
-        return sequential_value(sum(rewards[:stop]), stop, self.rule)
+        return sequential_value(*_count(stopped), self.rule)
+
+    def _at_stop(self, state: State) -> list[Passage]:
+        """What decided that a state has enough: its judged completions up to the stop."""
+        return self._judged(state)[: self.rule.stopping_time(self._rewards(state))]
+
+    def _candidate_values(
+        self, state: State, actions: Iterable[Hashable], counts: dict[State, Counts], values: dict[State, float]
+    ) -> list[float]:
+        """A state of the tree has its own value; what leads out of the tree depends on when its state had enough."""
+        stopped = self._at_stop(state)
+        later = self._judged(state)[len(stopped) :]
+
+        def value(action: Hashable) -> float:
+            reached = (*state, action)
+            if reached in values or self.rule.minimum == self.rule.maximum:
+                return values.get(reached, counts[reached].value)
+            first, others = (_count([p for p in part if p.action == action]) for part in (stopped, later))
+            return candidate_value(first, others, _count(stopped), self.rule)
+
+        return [value(action) for action in actions]
 
     def _state_row(
         self, state: State, counts: dict[State, Counts], values: dict[State, float], left_out: Counter[str]
@@ -216,13 +270,17 @@ class StateTree:
             "prefix": list(state),
             "candidates": [passage.step for passage in sampled],
             "counts": list(number.values()),
-            "values": [values.get(candidate, counts[candidate].value) for candidate in reached],
+            "values": self._candidate_values(state, number, counts, values),
             "mc_successes": [counts[candidate].successes for candidate in reached],
             "mc_rollouts": [counts[candidate].rollouts for candidate in reached],
             "rewards": [passage.reward if passage.ending else None for passage in sampled],
             "prefix_ids": [list(ids) for ids in self.states[state]],
             "candidates_ids": [list(passage.ids) for passage in sampled],
         }
+
+
+def _count(passages: Sequence[Passage]) -> Counts:
+    return Counts(sum(passage.reward or 0.0 for passage in passages), len(passages))
 
 
 def _solution_row(solution: Rollout, counts: dict[State, Counts], values: dict[State, float]) -> dict[str, Any]:
