@@ -102,6 +102,7 @@ class InstantEngine:
         seeds: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         on_completion: OnCompletion | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         start = clock()
         depths = [list(prefix).count(2) for prefix in prefixes]

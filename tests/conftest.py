@@ -45,7 +45,7 @@ class ScriptedEngine:
     """
     Gives each prefix the completions written down for it, over and over; `~` stands for a cut at the length limit.
 
-    `requests` has the prefix of every completion that was asked for.
+    `requests` has the prefix of every completion that was asked for, `limits` the most tokens by prefix.
     """
 
     name = "script"
@@ -55,10 +55,15 @@ class ScriptedEngine:
         self.tokenizer = make_tokenizer()
         self.script = script
         self.requests: list[str] = []
+        self.limits: dict[str, int] = {}
 
-    def generate(self, prefixes, seeds, sampling, on_completion=None):
+    def generate(self, prefixes, seeds, sampling, on_completion=None, limits=None):
         texts = [self.tokenizer.decode(prefix) for prefix in prefixes]
-        return [[self.draw(text) for _ in own] for text, own in zip(texts, seeds, strict=True)]
+        self.limits |= zip(texts, limits or [sampling.max_new_tokens] * len(texts), strict=True)
+        return [
+            [shortened(self.draw(text), self.limits[text], self.tokenizer) for _ in own]
+            for text, own in zip(texts, seeds, strict=True)
+        ]
 
     def draw(self, prefix: str):
         from dapo_trl.engines import Completion
@@ -75,6 +80,16 @@ class ScriptedEngine:
 
     def take_counts(self):
         return {}
+
+
+def shortened(completion, limit: int, tokenizer):
+    """What is left of a completion that must not have more tokens than `limit`."""
+    from dapo_trl.engines import Completion
+
+    if len(completion.ids) <= limit:
+        return completion
+    ids = completion.ids[:limit]
+    return Completion(ids, tokenizer.decode(ids, skip_special_tokens=True), "length")
 
 
 def answer_reward(prompts, completions, answer, **kwargs):

@@ -366,12 +366,30 @@ def test_context_bounds_the_completion(architecture):
         assert sampler.generate([prefix], [own_seeds], sampling) == [group]
 
 
+@pytest.mark.parametrize("name", ["llama", "Mamba"])
+def test_limits_replace_the_longest(name):
+    """Each prefix has its own: what comes out is the beginning of the same completion with more room."""
+    model = make_other(name) if name == "Mamba" else make_policy()
+    sampler, limits = TransformersEngine(model, make_tokenizer(), 64), [3, 20, 1, 8]
+    seeds, prefixes = seeds_for(PREFIXES, 6), [[10, 11], *PREFIXES[1:]]
+    whole = sampler.generate(prefixes, seeds, SamplingConfig(max_new_tokens=30))
+    bounded = sampler.generate(prefixes, seeds, SamplingConfig(max_new_tokens=12), limits=limits)
+    for full, group, limit in zip(whole, bounded, limits, strict=True):
+        assert [completion.ids for completion in group] == [completion.ids[:limit] for completion in full]
+        reasons = ["stop" if EOS in completion.ids[:limit] else "length" for completion in full]
+        assert [completion.finish_reason for completion in group] == reasons
+
+
 def test_bad_input():
     sampler, seeds = engine(max_position_embeddings=16), [[0], [0]]
     with pytest.raises(ValueError, match="Prefix 1 has 16 tokens and leaves no room in the model's context of 16"):
         sampler.generate([[5], [5] * 16], seeds, SamplingConfig())
     with pytest.raises(ValueError, match="Prefix 0 is empty"):
         sampler.generate([[]], [[0]], SamplingConfig())
+    with pytest.raises(ValueError, match="`limits` needs one entry per prefix, got 1 for 2 prefixes"):
+        sampler.generate([[5], [6]], seeds, SamplingConfig(), limits=[4])
+    with pytest.raises(ValueError, match="Prefix 1 has the limit 0: a completion needs room for 1 token"):
+        sampler.generate([[5], [6]], seeds, SamplingConfig(), limits=[4, 0])
     with pytest.raises(ValueError, match="`seeds` needs one entry per prefix, got 2 for 1 prefixes"):
         sampler.generate([[5]], seeds, SamplingConfig())
     with pytest.raises(ValueError, match="no `eos_token`"):

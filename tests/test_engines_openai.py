@@ -190,6 +190,17 @@ def test_context(start):
     assert max(len(completion.ids) for completion in flat(sampler.generate([[5] * 6], [[1, 2, 3]], SHORT))) <= 2
 
 
+def test_limits_replace_the_longest(start):
+    """Each prefix has its own; the model's context bounds them all the same."""
+    server = start()
+    sampler = engine(server, max_context=300)
+    samples = sampler.generate([[5] * 295, [5], [6]], [[0], [1, 2], []], SHORT, limits=[9, 3, 7])
+    assert sorted(body["max_tokens"] for body in server.bodies[-3:]) == [3, 3, 5]
+    assert [len(group) for group in samples] == [1, 2, 0]
+    with pytest.raises(ValueError, match="`limits` needs one entry per prefix, got 1 for 2 prefixes"):
+        sampler.generate([[5], [6]], [[0], [0]], SHORT, limits=[3])
+
+
 # Ids and text
 
 
@@ -412,7 +423,7 @@ def test_bad_arguments(start, monkeypatch):
     server = start()
     with pytest.raises(ValueError, match="Prefix 1 is empty"):
         engine(server).generate([[5], []], [[0], [0]], SHORT)
-    with pytest.raises(ValueError, match="`seeds` has 1 entries for 2 prefixes"):
+    with pytest.raises(ValueError, match="`seeds` needs one entry per prefix, got 1 for 2"):
         engine(server).generate([[5], [6]], [[0]], SHORT)
     with pytest.raises(ValueError, match="no `eos_token`"):
         engine(server, tokenizer=make_tokenizer(eos_token=None))

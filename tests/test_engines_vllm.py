@@ -84,6 +84,12 @@ def test_requests(engine):
     assert engine.llm.max_model_len == 512
 
 
+def test_limits_replace_the_longest(engine):
+    engine.generate(PREFIXES, SEEDS, SamplingConfig(max_new_tokens=9), limits=[3, 5, 12])
+    (_, settings) = engine.llm.calls[0]
+    assert [params.max_tokens for params in settings] == [3] * 2 + [12] * 3
+
+
 def test_neutral_settings_are_said(engine):
     """What is off is passed as off."""
     engine.generate([[5]], [[0]], SamplingConfig())
@@ -116,8 +122,10 @@ def test_ends(engine):
 def test_bad_input_and_output(engine, monkeypatch):
     with pytest.raises(ValueError, match="Prefix 1 is empty"):
         engine.generate([[5], []], [[0], [0]], SamplingConfig())
-    with pytest.raises(ValueError, match="`seeds` has 1 entries for 2 prefixes"):
+    with pytest.raises(ValueError, match="`seeds` needs one entry per prefix, got 1 for 2"):
         engine.generate([[5], [6]], [[0]], SamplingConfig())
+    with pytest.raises(ValueError, match="Prefix 1 has the limit 0"):
+        engine.generate([[5], [6]], [[0], [0]], SamplingConfig(), limits=[1, 0])
     engine.llm.outputs = [([70], "abort")]
     with pytest.raises(RuntimeError, match="reason 'abort'"):
         engine.generate([[5]], [[0]], SamplingConfig())

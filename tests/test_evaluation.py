@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 import reference
-from conftest import CHAT_TEMPLATE, make_tokenizer
+from conftest import CHAT_TEMPLATE, make_tokenizer, shortened
 from dapo_trl.engines import Completion, SamplingConfig, sample_seed
 from dapo_trl.evaluation import Estimate, bootstrap_mean, evaluate_policy, pass_at_k
 from dapo_trl.tokenization import encode_prompt
@@ -121,13 +121,17 @@ class FakeEngine:
         self.answers = answers
         self.calls: list[tuple[list[list[int]], SamplingConfig]] = []
 
-    def generate(self, prefixes, seeds, sampling, on_completion=None):
+    def generate(self, prefixes, seeds, sampling, on_completion=None, limits=None):
         self.calls.append((seeds, sampling))
         asked = [self.tokenizer.decode(prefix) for prefix in prefixes]
         texts = [
             self.answers[prompt][:1] if sampling.temperature == 0 else self.answers[prompt][1:] for prompt in asked
         ]
-        return [[self.complete(text) for text in group[: len(own)]] for group, own in zip(texts, seeds, strict=True)]
+        limits = limits or [sampling.max_new_tokens] * len(prefixes)
+        return [
+            [shortened(self.complete(text), limit, self.tokenizer) for text in group[: len(own)]]
+            for group, own, limit in zip(texts, seeds, limits, strict=True)
+        ]
 
     def complete(self, text: str) -> Completion:
         ids = tuple(self.tokenizer(text).input_ids)

@@ -8,7 +8,7 @@ import random
 import pytest
 from datasets import Dataset
 
-from conftest import ScriptedEngine, answer_reward, make_tokenizer
+from conftest import ScriptedEngine, answer_reward, make_tokenizer, shortened
 from dapo_trl import check_dataset, collect_rollouts
 from dapo_trl.engines import Completion, SamplingConfig
 from dapo_trl.rollouts import RolloutConfig
@@ -27,13 +27,17 @@ class SeededEngine:
         self.calls = 0
         self.seeds: list[int] = []
 
-    def generate(self, prefixes, seeds, sampling, on_completion=None):
+    def generate(self, prefixes, seeds, sampling, on_completion=None, limits=None):
         self.calls += 1
         if self.calls == self.fails_at:
             raise RuntimeError("killed")
         self.seeds += [seed for own in seeds for seed in own]
         texts = [self.tokenizer.decode(prefix) for prefix in prefixes]
-        return [[self.draw(text, seed) for seed in own] for text, own in zip(texts, seeds, strict=True)]
+        limits = limits or [sampling.max_new_tokens] * len(texts)
+        return [
+            [shortened(self.draw(text, seed), limit, self.tokenizer) for seed in own]
+            for text, own, limit in zip(texts, seeds, limits, strict=True)
+        ]
 
     def draw(self, prefix, seed):
         rng = random.Random(seed)

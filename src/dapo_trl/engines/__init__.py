@@ -18,7 +18,8 @@ class SamplingConfig:
 
     Args:
         max_new_tokens (`int`, *optional*, defaults to `1024`):
-            Longest completion, in tokens. A completion that reaches it without an end is truncated.
+            Longest solution, in tokens. A completion that reaches it without an end is truncated. A completion of a
+            state gets what the state's steps leave of it.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature; 0 means greedy decoding. Step values are defined under the policy itself, which is
             temperature 1.
@@ -58,7 +59,7 @@ class Completion:
         text (`str`):
             The ids decoded without special tokens.
         finish_reason (`str`):
-            `"stop"` if the policy ended the completion, `"length"` if it was cut at `max_new_tokens`.
+            `"stop"` if the policy ended the completion, `"length"` if it was cut at its limit.
     """
 
     ids: tuple[int, ...]
@@ -67,6 +68,22 @@ class Completion:
 
 
 OnCompletion = Callable[[Completion], None]
+
+
+class PrefixError(ValueError):
+    """
+    A prefix that cannot be continued.
+
+    Args:
+        index (`int`):
+            Number of the prefix in the call of [`Engine.generate`].
+        reason (`str`):
+            What is wrong with it.
+    """
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"Prefix {index} {reason}")
+        self.index = index
 
 
 class Engine(Protocol):
@@ -92,6 +109,7 @@ class Engine(Protocol):
         seeds: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         on_completion: OnCompletion | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """
         Sample completions.
@@ -106,9 +124,14 @@ class Engine(Protocol):
                 How to sample.
             on_completion (`Callable[[Completion], None]`, *optional*):
                 Called with every completion as it is done, in any order; for progress bars.
+            limits (sequence of `int`, length N, *optional*):
+                Most tokens of the completions of each prefix, in place of `sampling.max_new_tokens`.
 
         Returns:
             `list[list[Completion]]`: the completions of each prefix, in the order of `seeds`.
+
+        Raises:
+            PrefixError: if a prefix cannot be continued.
         """
         ...
 
@@ -141,6 +164,45 @@ def refuse_endless(tokenizer: PreTrainedTokenizerBase) -> None:
             "The tokenizer has no `eos_token`, so it cannot be told where a completion ends. Set "
             "`tokenizer.eos_token` to the token that your model ends its answers with."
         )
+
+
+def check_request(
+    prefixes: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    limits: Sequence[int] | None,
+) -> list[int]:
+    """
+    Refuse a request that no engine can do.
+
+    Args:
+        prefixes (sequence of sequences of `int`, length N):
+            As of [`Engine.generate`], and so are the others.
+        seeds (sequence of sequences of `int`, length N):
+            Seeds of the completions of each prefix.
+        sampling ([`SamplingConfig`]):
+            How to sample.
+        limits (sequence of `int`, length N, *optional*):
+            Most tokens of the completions of each prefix, in place of `sampling.max_new_tokens`.
+
+    Returns:
+        `list[int]` of length N: most tokens of the completions of each prefix.
+
+    Raises:
+        ValueError: if lengths differ.
+        PrefixError: if a prefix is empty, or its limit is below 1.
+    """
+    if len(seeds) != len(prefixes):
+        raise ValueError(f"`seeds` needs one entry per prefix, got {len(seeds)} for {len(prefixes)} prefixes.")
+    limits = [sampling.max_new_tokens] * len(prefixes) if limits is None else list(limits)
+    if len(limits) != len(prefixes):
+        raise ValueError(f"`limits` needs one entry per prefix, got {len(limits)} for {len(prefixes)} prefixes.")
+    for index, (ids, limit) in enumerate(zip(prefixes, limits, strict=True)):
+        if not len(ids):
+            raise PrefixError(index, "is empty: there is nothing to continue.")
+        if limit < 1:
+            raise PrefixError(index, f"has the limit {limit}: a completion needs room for 1 token at least.")
+    return limits
 
 
 def published_name(model: str) -> str:

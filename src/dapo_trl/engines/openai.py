@@ -19,7 +19,15 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
-from dapo_trl.engines import Completion, OnCompletion, SamplingConfig, published_name, refuse_endless
+from dapo_trl.engines import (
+    Completion,
+    OnCompletion,
+    PrefixError,
+    SamplingConfig,
+    check_request,
+    published_name,
+    refuse_endless,
+)
 from dapo_trl.engines._servers import (
     FIELDS,
     PROBE_TEMPERATURE,
@@ -51,8 +59,6 @@ class _Prompt:
     """A prefix as token ids, and as the text that a server turns into these ids, as far as there is one."""
 
     def __init__(self, index: int, ids: Sequence[int], tokenizer: Any, on_mismatch: Callable[[], None]) -> None:
-        if not ids:
-            raise ValueError(f"Prefix {index} is empty: there is nothing to continue.")
         self.index = index
         self.ids = list(ids)
         self._tokenizer = tokenizer
@@ -60,9 +66,10 @@ class _Prompt:
 
     def check_room(self, context: int | None) -> None:
         if context is not None and len(self.ids) >= context:
-            raise ValueError(
-                f"Prefix {self.index} has {len(self.ids)} tokens and leaves no room in the model's context of "
-                f"{context}. Leave the problem out, or use a model with a longer context."
+            raise PrefixError(
+                self.index,
+                f"has {len(self.ids)} tokens and leaves no room in the model's context of {context}. Leave the problem "
+                "out, or use a model with a longer context.",
             )
 
     @cached_property
@@ -222,31 +229,33 @@ class OpenAIEngine:
         seeds: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         on_completion: OnCompletion | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """
         Sample completions; see [`~dapo_trl.engines.Engine.generate`].
 
         Raises:
-            ValueError: if a prefix is empty or leaves no room in the model's context, `seeds` has another length than
-                `prefixes`, a server does not serve the model, or cannot do what `sampling` asks for.
+            ValueError: if `seeds` or `limits` has another length than `prefixes`, a server does not serve the model, or
+                cannot do what `sampling` asks for.
+            PrefixError: if a prefix is empty or leaves no room in the model's context, or its limit is below 1.
             RuntimeError: if a server refuses a request, or keeps on failing.
             TimeoutError: if requests keep on being unanswered, or the servers busy.
             ConnectionError: if no server could be reached for `max_downtime` seconds.
         """
-        if len(prefixes) != len(seeds):
-            raise ValueError(f"`seeds` has {len(seeds)} entries for {len(prefixes)} prefixes.")
+        limits = check_request(prefixes, seeds, sampling, limits)
         mismatch = partial(self._count, "prompts_not_round_trip")
         prompts = [_Prompt(index, ids, self.tokenizer, mismatch) for index, ids in enumerate(prefixes)]
         if not any(seeds):
             return [[] for _ in prefixes]
         _caller.set(threading.get_ident())
-        return run_async(self._generate(prompts, seeds, sampling, on_completion))
+        return run_async(self._generate(prompts, seeds, sampling, limits, on_completion))
 
     async def _generate(
         self,
         prompts: list[_Prompt],
         seeds: Sequence[Sequence[int]],
         sampling: SamplingConfig,
+        limits: Sequence[int],
         on_completion: OnCompletion | None,
     ) -> list[list[Completion]]:
         done: list[dict[int, Completion]] = [{} for _ in prompts]
@@ -262,8 +271,8 @@ class OpenAIEngine:
 
             async def work() -> None:
                 for index, first, job in jobs:
-                    seed = job[0] if len(job) == 1 else None
-                    body = partial(self._body, prompt=prompts[index], sampling=sampling, seed=seed, n=len(job))
+                    seed, bounded = job[0] if len(job) == 1 else None, replace(sampling, max_new_tokens=limits[index])
+                    body = partial(self._body, prompt=prompts[index], sampling=bounded, seed=seed, n=len(job))
                     choices = await self._transport.ask(servers, body, self._patience)
                     for number, choice in enumerate(choices, first):
                         done[index][number] = self._completion(choice)

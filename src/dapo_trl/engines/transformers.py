@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from dapo_trl.engines import Completion, OnCompletion, SamplingConfig, published_name, refuse_endless
+from dapo_trl.engines import (
+    Completion,
+    OnCompletion,
+    PrefixError,
+    SamplingConfig,
+    check_request,
+    published_name,
+    refuse_endless,
+)
 from dapo_trl.engines._decoding import Draw, Picker, Sequences, batches, check_tokens, reads_common_inputs
 from dapo_trl.ref_logps import model_fingerprint
 from dapo_trl.tokenization import tokenizer_fingerprint
@@ -100,19 +108,22 @@ class TransformersEngine:
         seeds: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         on_completion: OnCompletion | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """
         Sample one completion per seed; see [`~dapo_trl.engines.Engine.generate`].
 
         Raises:
-            ValueError: if `seeds` has another length than `prefixes`, a prefix is empty or leaves no room in the
-                model's context, or the model's predictions are not numbers.
+            ValueError: if `seeds` or `limits` has another length than `prefixes`, or the model's predictions are not
+                numbers.
+            PrefixError: if a prefix is empty or leaves no room in the model's context, or its limit is below 1.
         """
-        self._check(prefixes, seeds)
+        limits = check_request(prefixes, seeds, sampling, limits)
+        self._check_room(prefixes)
         completions: list[list[Any]] = [[None] * len(group) for group in seeds]
         sample_batch = self._decode if reads_common_inputs(self.model) else self._delegate
         with _inference(self.model):
-            for batch in batches(self._draws(prefixes, seeds, sampling), self.batch_size):
+            for batch in batches(self._draws(prefixes, seeds, limits), self.batch_size):
                 for draw, ids in sample_batch(batch, sampling):
                     completion = self._completion(ids)
                     completions[draw.index][draw.number] = completion
@@ -133,23 +144,20 @@ class TransformersEngine:
         """Nothing happens in this engine that its completions do not tell."""
         return {}
 
-    def _check(self, prefixes: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> None:
-        if len(seeds) != len(prefixes):
-            raise ValueError(f"`seeds` needs one entry per prefix, got {len(seeds)} for {len(prefixes)} prefixes.")
+    def _check_room(self, prefixes: Sequence[Sequence[int]]) -> None:
         for index, ids in enumerate(prefixes):
-            if not len(ids):
-                raise ValueError(f"Prefix {index} is empty: there is nothing to continue.")
             if len(ids) >= self._context:
-                raise ValueError(
-                    f"Prefix {index} has {len(ids)} tokens and leaves no room in the model's context of "
-                    f"{self._context}. Leave the problem out, or use a model with a longer context."
+                raise PrefixError(
+                    index,
+                    f"has {len(ids)} tokens and leaves no room in the model's context of {self._context}. Leave the "
+                    "problem out, or use a model with a longer context.",
                 )
 
     def _draws(
-        self, prefixes: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingConfig
+        self, prefixes: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], limits: Sequence[int]
     ) -> Iterator[Draw]:
-        for index, (prefix, group) in enumerate(zip(prefixes, seeds, strict=True)):
-            limit = min(sampling.max_new_tokens, self._context - len(prefix))
+        for index, (prefix, group, limit) in enumerate(zip(prefixes, seeds, limits, strict=True)):
+            limit = min(limit, self._context - len(prefix))
             for number, seed in enumerate(group):
                 yield Draw(index, number, tuple(prefix), seed, limit)
 
@@ -188,9 +196,10 @@ class TransformersEngine:
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 logits_processor=LogitsProcessorList([Picker(draws, sampling, self.model.device, start=length)]),
-                generation_config=self._generation_config(draws[0].limit),
+                generation_config=self._generation_config(max(draw.limit for draw in draws)),
             )
-            for draw, ids in zip(draws, output[:, length:].tolist(), strict=True):
+            for draw, row in zip(draws, output[:, length:].tolist(), strict=True):
+                ids = row[: draw.limit]
                 ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
                 yield draw, ids[: ends[0] + 1] if ends else ids
 

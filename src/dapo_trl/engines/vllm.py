@@ -4,6 +4,7 @@ Sampling in process with vLLM.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dapo_trl.engines import Completion, OnCompletion, SamplingConfig, published_name, refuse_endless
+from dapo_trl.engines import Completion, OnCompletion, SamplingConfig, check_request, published_name, refuse_endless
 from dapo_trl.tokenization import tokenizer_fingerprint
 
 
@@ -73,23 +74,25 @@ class VLLMEngine:
         seeds: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         on_completion: OnCompletion | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """
         Sample completions; see [`~dapo_trl.engines.Engine.generate`]. `on_completion` is called when all are done.
 
         Raises:
-            ValueError: if a prefix is empty, or `seeds` has another length than `prefixes`.
+            ValueError: if `seeds` or `limits` has another length than `prefixes`.
+            PrefixError: if a prefix is empty, or its limit is below 1.
             RuntimeError: if vLLM ends a completion in a way that is neither an end nor a cut.
         """
-        if len(prefixes) != len(seeds):
-            raise ValueError(f"`seeds` has {len(seeds)} entries for {len(prefixes)} prefixes.")
-        for index, ids in enumerate(prefixes):
-            if not ids:
-                raise ValueError(f"Prefix {index} is empty: there is nothing to continue.")
+        limits = check_request(prefixes, seeds, sampling, limits)
         prompts = [{"prompt_token_ids": list(ids)} for ids, group in zip(prefixes, seeds, strict=True) for _ in group]
         if not prompts:
             return [[] for _ in prefixes]
-        settings = [_sampling_params(sampling, seed) for group in seeds for seed in group]
+        settings = [
+            _sampling_params(replace(sampling, max_new_tokens=limit), seed)
+            for group, limit in zip(seeds, limits, strict=True)
+            for seed in group
+        ]
         requests = iter(self.llm.generate(prompts, settings, use_tqdm=False))
         completions = [[self._completion(next(requests).outputs[0]) for _ in group] for group in seeds]
         for completion in (completion for group in completions for completion in group):
