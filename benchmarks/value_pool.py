@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dapo_trl import TransformersEngine, math_reward
 from dapo_trl.engines import Completion, SamplingConfig, sample_seed
-from dapo_trl.rollouts import RolloutConfig, judge, sample_solutions, value_solutions
+from dapo_trl.judging import judge
+from dapo_trl.rollouts import RolloutConfig, sample_solutions, value_solutions
 from recording import REPOSITORY
 
 
@@ -97,7 +98,8 @@ def sample_pool(engine: TransformersEngine, num_problems: int, num_truth: int) -
     numbers, rewards = [], []
     for prefix, (row, text) in states.items():
         seeds = [sample_seed("pool", prefix, number) for number in range(num_truth)]
-        drawn = engine.generate([prefix], [seeds], SAMPLING)[0]
+        room = SAMPLING.max_new_tokens - (len(prefix) - len(row["prompt_ids"]))
+        drawn = engine.generate([prefix], [seeds], SAMPLING, limits=[room])[0]
         numbers.append([completions.setdefault(completion, len(completions)) for completion in drawn])
         problem = {name: row[name] for name in ("prompt", "answer")}
         judged = judge([problem] * num_truth, [text + completion.text for completion in drawn], math_reward)
@@ -164,8 +166,9 @@ class PoolEngine:
         seeds: Sequence[Sequence[int]],
         sampling: Any,
         on_completion: Any = None,
+        limits: Any = None,
     ) -> list[list[Completion]]:
-        """Completions of each prefix, one for each seed; the seeds' values do not matter."""
+        """Completions of each prefix, one for each seed; whose value does not matter. The pool keeps to the limits."""
         return [
             self._take(self._rows[tuple(prefix)], len(group)) for prefix, group in zip(prefixes, seeds, strict=True)
         ]

@@ -3,17 +3,19 @@
 """
 
 import random
+import re
 from collections import defaultdict
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset
 
-from conftest import STUDENT, ScriptedEngine, make_tokenizer
+from conftest import STUDENT, ScriptedEngine, make_policy, make_tokenizer
 from conftest import answer_reward as reward
-from dapo_trl import check_dataset, collect_rollouts, math_reward, split_steps
+from dapo_trl import TransformersEngine, check_dataset, collect_rollouts, math_reward, split_steps
 from dapo_trl.engines import SamplingConfig
-from dapo_trl.rollouts import RolloutConfig, select_balanced
+from dapo_trl.rollouts import RolloutConfig, sample_solutions, select_balanced, value_solutions
+from dapo_trl.state_tree import Rollout
 
 
 EOS = 1
@@ -196,8 +198,97 @@ def test_problems_without_signal(skip):
     assert engine.requests.count("r\n") == 4
 
 
-def solution(text: str, right: bool) -> SimpleNamespace:
-    return SimpleNamespace(steps=(text,), reward=float(right))
+def test_a_state_is_not_what_another_step_makes_of_it():
+    """
+    "a\\n" is reached where another step follows. Of the prompt's completions "a\\nx0" passes, "a\\n\\nb1" takes the
+    step "a\\n\\n". So the state's own completion "\\nb1" says nothing about it, nor does one that ends at once; neither
+    is drawn again.
+    """
+    solutions = ["a\nx1", "a\nx0"]
+    script = {"p\n": [*solutions, "a\n\nb1", "a\nx0", "c0"], "p\na\n": ["\nb1", ""]}
+    engine = ScriptedEngine(script)
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=3)
+    rollouts = collect_rollouts(problem(), engine, reward, config)
+    assert engine.requests.count("p\na\n") == 2
+    assert rollouts.solutions[0]["values"][:2] == [1 / 3, 0.0]
+    assert rollouts.solutions[0]["mc_rollouts"][:2] == [3, 1]
+    assert rollouts.report["completions_altering_state"] == 2
+
+
+def test_a_step_may_end_within_a_token():
+    """A state whose last token holds more than the line break: what follows it is still a step of its own."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["\nb"])
+    engine = ScriptedEngine({"p\n": ["a\nbc1", "a\nbc0", "a\nbc1"], "p\na\nb": ["c0", "c1"]})
+    engine.tokenizer = tokenizer
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2, reuse=False)
+    rollouts = collect_rollouts(problem(), engine, reward, config)
+    assert rollouts.solutions[0]["completions"][0] == "a\nb"
+    assert rollouts.report["completions_altering_state"] == 0
+
+
+def test_the_budget_is_that_of_a_whole_solution():
+    """
+    "a\\n" takes two of eight tokens, so its completions get six: five digits and the end. The seven of "0000001" are
+    too many, as they are in "a\\n0000001", and count as wrong although they end right. So two of four completions of
+    the state are right, two of them passing ones, "1" and "0".
+    """
+    script = {"p\n": ["a\n1", "a\n0", "a\n0000001"], "p\na\n": ["00001", "0000001"]}
+    engine = ScriptedEngine(script)
+    sampling = SamplingConfig(max_new_tokens=8)
+    config = RolloutConfig(num_solutions=3, num_kept=3, num_completions=2, sampling=sampling, reuse=False)
+    rollouts = collect_rollouts(problem(), engine, reward, config)
+    assert engine.limits == {"p\n": 8, "p\na\n": 6}
+    assert sorted(row["completions"][-1] for row in rollouts.solutions) == ["0", "000000", "1"]
+    row = rollouts.solutions[0]
+    assert (row["mc_successes"][1], row["mc_rollouts"][1]) == (2, 4)
+    assert rollouts.report["truncated"] == 2
+
+
+def test_a_state_that_used_up_its_tokens_asks_for_one():
+    """With less room than its solutions had, a state's completion breaks off at once: its value is 0."""
+    engine = ScriptedEngine({"p\n": ["ab\n1", "ab\n0"], "p\nab\n": ["11"]})
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2, reuse=False)
+    rows, _ = sample_solutions([problem()[0]], engine, reward, config)
+    tight = replace(config, sampling=SamplingConfig(max_new_tokens=3))
+    tables, _ = value_solutions(rows, engine, reward, tight)
+    assert engine.limits["p\nab\n"] == 1
+    assert tables["solutions"][0]["values"][1] == 0.0
+
+
+def test_truncated_completions_are_not_judged():
+    """Their outcome is 0 whatever the verifier would say; it is not asked."""
+    seen = []
+
+    def watched(completions, **kwargs):
+        seen.extend(completions)
+        return reward(completions=completions, **kwargs)
+
+    script = {"p\n": ["a\n1", "a\n?~"], "p\na\n": ["1~", "?~"]}
+    config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2, reuse=False)
+    report = collect_rollouts(problem(), ScriptedEngine(script), watched, config).report
+    assert report["not_judged"] == 0
+    assert report["truncated"] == 4
+    assert set(seen) == {"a\n1"}
+
+
+def test_a_prefix_without_room_names_its_problem():
+    engine = TransformersEngine(make_policy(max_position_embeddings=16), make_tokenizer())
+    problems = Dataset.from_list([{"prompt": "p" * length, "answer": "1"} for length in (3, 20)])
+    with pytest.raises(ValueError, match="Problem '1', after 0 steps: Prefix 1 has 20 tokens and leaves no room"):
+        collect_rollouts(problems, engine, reward, RolloutConfig(num_solutions=2, num_kept=2))
+
+
+@pytest.mark.parametrize("twins", [slice(None), slice(None, None, -1)])
+def test_a_truncated_twin_replaces_no_solution(twins):
+    """The same words, once ended and right, once cut: two solutions, whichever was drawn first."""
+    drawn = [solution("4", True), solution("4", False, truncated=True), solution("4", True)][twins]
+    kept = select_balanced(drawn, 3, random.Random(0))
+    assert sorted((one.reward, one.truncated) for one in kept) == [(0.0, True), (1.0, False)]
+
+
+def solution(text: str, right: bool, truncated: bool = False) -> Rollout:
+    return Rollout((text,), ((2,),), float(right), truncated)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +320,8 @@ def test_choice_does_not_favour_the_first():
         ({"num_solutions": 0}, "`num_solutions` must be at least 1"),
         ({"num_kept": 40}, "Cannot keep 40 of 32 solutions"),
         ({"num_completions": 1}, "`num_completions` must be at least 2"),
+        ({"separator": ""}, "`separator` must be a text that is not empty"),
+        ({"separator": re.compile("\n")}, "Patterns and functions are for `split_steps` only"),
         ({"sampling": {"max_new_tokens": 0}}, "`max_new_tokens` must be at least 1"),
         ({"sampling": {"temperature": -1.0}}, "`temperature` must be 0"),
         ({"sampling": {"top_p": 0.0}}, "`top_p` must lie in"),
@@ -253,8 +346,6 @@ def test_bad_problems():
 def test_same_seed_same_rows():
     """With the real engine and verifier, the same seed gives the same rows, another seed others."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from dapo_trl import TransformersEngine
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(STUDENT), AutoTokenizer.from_pretrained(STUDENT)
     engine = TransformersEngine(model, tokenizer, batch_size=64)

@@ -10,8 +10,8 @@ import numpy as np
 from datasets import Dataset
 
 from dapo_trl.engines import Engine, SamplingConfig, sample_seed
+from dapo_trl.judging import judge
 from dapo_trl.progress import CompletionBar
-from dapo_trl.rollouts import judge
 from dapo_trl.tokenization import encode_prompt, template_arguments
 
 

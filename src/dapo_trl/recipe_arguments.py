@@ -79,7 +79,7 @@ class RecipeArguments:
         default=None, metadata={"help": "Completions after which a state may have enough. None: never early (paper)."}
     )
     precision: float = field(default=0.08, metadata={"help": "Posterior standard deviation of a value that is enough."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Longest completion in tokens."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Longest solution in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     values: str = field(
         default="critic",

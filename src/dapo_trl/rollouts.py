@@ -7,7 +7,7 @@ does not depend on the others, so that `stages.py` can work through a data set i
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dapo_trl.engines import Completion, Engine, OnCompletion, SamplingConfig, sample_seed
+from dapo_trl.engines import Completion, Engine, OnCompletion, PrefixError, SamplingConfig, sample_seed
+from dapo_trl.judging import RewardFunction, judge
 from dapo_trl.progress import CompletionBar
 from dapo_trl.state_tree import Rollout, StateTree
-from dapo_trl.steps import Separator, split_ids
+from dapo_trl.steps import Separator, first_step_ids, split_ids
 from dapo_trl.tables import PROBLEM_COLUMNS, problem_row, table_features, to_dataset, with_problem_ids
 from dapo_trl.tokenization import Prompt, encode_prompt, template_arguments, tokenizer_fingerprint
 from dapo_trl.values import State, StoppingRule
 
 
-RewardFunction = Callable[..., list[float | None]]
 Row = dict[str, Any]
 
 _NUM_REMEMBERED = 1024  # completions whose steps are kept at hand
@@ -44,9 +44,10 @@ class RolloutConfig:
         num_completions (`int`, *optional*, defaults to `16`):
             Completions of every state of the kept solutions, the bare prompt included.
         sampling ([`~dapo_trl.engines.SamplingConfig`], *optional*):
-            How to sample. `max_new_tokens` bounds a solution, and a completion from any of its states.
+            How to sample. `max_new_tokens` bounds a whole solution: a completion of a state gets what the state's steps
+            leave of it, as much as one that passes there.
         separator (`str`, *optional*, defaults to `"\\n"`):
-            What ends a step.
+            Text that ends a step.
         skip_uniform (`bool`, *optional*, defaults to `True`):
             Skip problems whose solutions are all correct or all wrong: hardly any choice matters there, and most of the
             tokens are spent on their completions. They are counted.
@@ -63,7 +64,7 @@ class RolloutConfig:
             good as its own. `False` draws `num_completions` from every state, as the paper does.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or the separator is no text or empty.
     """
 
     num_solutions: int = 32
@@ -85,6 +86,11 @@ class RolloutConfig:
             raise ValueError(f"Cannot keep {self.num_kept} of {self.num_solutions} solutions. Lower `num_kept`.")
         if self.num_completions < 2:
             raise ValueError("`num_completions` must be at least 2: advantages compare the next steps of one state.")
+        if not isinstance(self.separator, str) or not self.separator:
+            raise ValueError(
+                f'`separator` must be a text that is not empty, such as "\\n", got {self.separator!r:.80}. Patterns '
+                "and functions are for `split_steps` only: the settings of a run are kept as JSON."
+            )
         self.stopping_rule  # noqa: B018 (checks its numbers)
 
     @property
@@ -121,6 +127,8 @@ class _Request(NamedTuple):
     prefix: State
     prefix_ids: list[int]
     seeds: list[int]
+    limit: int  # tokens
+    last_step: tuple[int, ...] = ()  # of the state
 
 
 def sample_solutions(
@@ -156,7 +164,7 @@ def sample_solutions(
     for problem in problems:
         seeds = [sample_seed(config.seed, problem["problem_id"], number) for number in range(config.num_solutions)]
         prompt_ids = encode_prompt(problem["prompt"], engine.tokenizer, **template_arguments(problem))
-        requests.append(_Request(problem, (), prompt_ids, seeds))
+        requests.append(_Request(problem, (), prompt_ids, seeds, config.sampling.max_new_tokens))
     rows = []
     for request, rollouts in zip(requests, sampler.sample(requests), strict=True):
         for number, rollout in enumerate(rollouts):
@@ -205,7 +213,8 @@ def value_solutions(
     Keep some solutions of each problem, sample completions from all their states, and give every state its value.
 
     States are worked through from the prompt on, so that a state counts what has passed through it before it draws
-    completions of its own. A state that several solutions share is estimated once.
+    completions of its own. A state that several solutions share is estimated once. See [`StateTree`] for which
+    completions count where, and [`StateTree.rows`] for the counts of what was left out.
 
     Args:
         rows (sequence of `dict`):
@@ -246,8 +255,8 @@ def collect_rollouts(
     All in memory and in one go; `dapo-trl sample` and `dapo-trl values` do the same on disk, and go on after a kill.
 
     A state that several solutions share is estimated once, and a completion counts for every state it passes through
-    (see [`~dapo_trl.values.prefix_counts`]). A truncated completion counts as wrong; one that cannot be judged counts
-    not at all. Both are in the report.
+    (see [`~dapo_trl.values.prefix_counts`]). A truncated completion counts as wrong, and is not shown to the reward
+    function; one that cannot be judged counts not at all. Both are in the report.
 
     Args:
         problems ([`~datasets.Dataset`]):
@@ -266,7 +275,7 @@ def collect_rollouts(
 
     Raises:
         ValueError: if `problems` is empty, lacks a column or has one too many, or a prompt leaves no room for a
-            solution.
+            solution; or the reward function returns anything but outcomes in [0, 1].
     """
     config = config or RolloutConfig()
     problems = with_problem_ids(problems)
@@ -286,9 +295,12 @@ def select_balanced(solutions: Sequence[Any], num_kept: int, rng: random.Random)
     """
     Choose solutions, correct (reward at least 1/2) and wrong as balanced as possible, without duplicates.
 
+    Solutions of the same words are different if one was ended and the other broke off.
+
     Args:
         solutions (sequence):
-            Objects with `steps` (tuple of `str`) and `reward` (`float`).
+            Objects with `actions` (tuple, see [`~dapo_trl.state_tree.Rollout`]) and `reward` (`float`). Those
+            without actions are left out.
         num_kept (`int`):
             How many to keep.
         rng (`random.Random`):
@@ -297,40 +309,16 @@ def select_balanced(solutions: Sequence[Any], num_kept: int, rng: random.Random)
     Returns:
         `list`: at most `num_kept` of them. If one side has too few, the other fills up.
     """
-    unique = list({solution.steps: solution for solution in solutions if solution.steps}.values())
+    first: dict[Any, Any] = {}
+    for solution in solutions:
+        if solution.actions:
+            first.setdefault(solution.actions, solution)
+    unique = list(first.values())
     rng.shuffle(unique)
     correct = [solution for solution in unique if solution.reward >= 0.5]
     wrong = [solution for solution in unique if solution.reward < 0.5]
     num_correct = min(len(correct), max((num_kept + 1) // 2, num_kept - len(wrong)))
     return correct[:num_correct] + wrong[: num_kept - num_correct]
-
-
-def judge(
-    problems: Sequence[dict[str, Any]], texts: Sequence[str], reward_function: RewardFunction
-) -> list[float | None]:
-    """
-    Rewards of solutions, from a TRL reward function.
-
-    Args:
-        problems (sequence of `dict`, length N):
-            The problem of each solution: `prompt`, and the columns that the reward function takes.
-        texts (sequence of `str`, length N):
-            Whole solutions.
-        reward_function (`Callable`):
-            TRL reward function. For a conversational prompt it gets messages, else text.
-
-    Returns:
-        `list[float | None]` of length N.
-    """
-    if not problems:
-        return []
-    columns = {name: [problem[name] for problem in problems] for name in problems[0] if name != "prompt"}
-    prompts: list[Prompt] = [problem["prompt"] for problem in problems]
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    return reward_function(prompts=prompts, completions=completions, **columns)
 
 
 class _Sampler:
@@ -351,29 +339,43 @@ class _Sampler:
         self.lineage = {"generator": engine.name, "tokenizer_fingerprint": tokenizer_fingerprint(engine.tokenizer)}
         # a policy that is sure of itself says the same again and again
         self._split = lru_cache(_NUM_REMEMBERED)(partial(_split, engine.tokenizer, config.separator))
+        self._alters = lru_cache(_NUM_REMEMBERED)(partial(_alters, engine.tokenizer, config.separator))
 
     def sample(self, requests: Sequence[_Request]) -> list[list[Rollout]]:
         """Judged completions of each request, in the order of its seeds."""
-        prefixes, seeds = [request.prefix_ids for request in requests], [request.seeds for request in requests]
-        sampled = self.engine.generate(prefixes, seeds, self.config.sampling, self.on_completion)
-        self.counts.update(self.engine.take_counts())
+        sampled = self._generate(requests)
         flat = [(request, completion) for request, group in zip(requests, sampled, strict=True) for completion in group]
-        texts = ["".join(map(str, request.prefix)) + completion.text for request, completion in flat]
-        rewards = judge([request.row for request, _ in flat], texts, self.reward_function)
+        whole = [(request, completion) for request, completion in flat if completion.finish_reason != "length"]
+        texts = ["".join(map(str, request.prefix)) + completion.text for request, completion in whole]
+        rewards = iter(judge([request.row for request, _ in whole], texts, self.reward_function))
         rollouts = iter(
-            [self._rollout(completion, reward) for (_, completion), reward in zip(flat, rewards, strict=True)]
+            [
+                self._rollout(request, completion, 0.0 if completion.finish_reason == "length" else next(rewards))
+                for request, completion in flat
+            ]
         )
         return [[next(rollouts) for _ in group] for group in sampled]
 
-    def _rollout(self, completion: Completion, reward: float | None) -> Rollout:
+    def _generate(self, requests: Sequence[_Request]) -> list[list[Completion]]:
+        prefixes, seeds = [request.prefix_ids for request in requests], [request.seeds for request in requests]
+        limits = [request.limit for request in requests]
+        try:
+            sampled = self.engine.generate(prefixes, seeds, self.config.sampling, self.on_completion, limits)
+        except PrefixError as error:
+            row, state = requests[error.index][:2]
+            raise ValueError(f"Problem {row['problem_id']!r}, after {len(state)} steps: {error}") from error
+        self.counts.update(self.engine.take_counts())
+        return sampled
+
+    def _rollout(self, request: _Request, completion: Completion, reward: float | None) -> Rollout:
         truncated = completion.finish_reason == "length"
-        reward = 0.0 if truncated else reward
         steps_ids, steps = self._split(completion.ids) if completion.text else ((), ())
         self.counts["tokens_generated"] += len(completion.ids)
         self.counts["truncated"] += truncated
         self.counts["not_judged"] += reward is None
         self.counts["empty"] += not steps  # ended at once: there is no step that a row could hold
-        return Rollout(steps, steps_ids, None if reward is None else float(reward), truncated)
+        alters_state = bool(request.last_step) and self._alters(request.last_step, completion.ids)
+        return Rollout(steps, steps_ids, reward, truncated, alters_state)
 
 
 def _split(
@@ -381,6 +383,12 @@ def _split(
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
     steps_ids, texts = split_ids(list(ids), tokenizer, separator)
     return tuple(map(tuple, steps_ids)), tuple(texts)
+
+
+def _alters(
+    tokenizer: PreTrainedTokenizerBase, separator: Separator, last_step: tuple[int, ...], ids: tuple[int, ...]
+) -> bool:
+    return first_step_ids([*last_step, *ids], tokenizer, separator) != list(last_step)
 
 
 def _plant(rows: list[Row], config: RolloutConfig) -> StateTree | None:
@@ -398,9 +406,13 @@ def _plant(rows: list[Row], config: RolloutConfig) -> StateTree | None:
 
 
 def _completion_request(row: Row, tree: StateTree, state: State, numbers: range, config: RolloutConfig) -> _Request:
-    prefix_ids = [*row["prompt_ids"], *(token for step in tree.states[state] for token in step)]
+    steps_ids = tree.states[state]
+    ids = [token for step in steps_ids for token in step]
     seeds = [sample_seed(config.seed, row["problem_id"], state, number) for number in numbers]
-    return _Request(problem_row(row), state, prefix_ids, seeds)
+    # A solution made of text that was tokenised anew may have used up its tokens before its last state: one is left.
+    limit = max(1, config.sampling.max_new_tokens - len(ids))
+    last_step = steps_ids[-1] if steps_ids else ()
+    return _Request(problem_row(row), state, [*row["prompt_ids"], *ids], seeds, limit, last_step)
 
 
 def _harvest(

@@ -26,9 +26,9 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 
 from dapo_trl.engines import Engine, OnCompletion
+from dapo_trl.judging import RewardFunction, name_of
 from dapo_trl.progress import ShardBar
 from dapo_trl.rollouts import (
-    RewardFunction,
     RolloutConfig,
     group_by_problem,
     has_signal,
@@ -85,7 +85,7 @@ def sample_stage(
         "stage": "sample",
         "problems": rows_fingerprint(problems),
         "engine": engine.describe(),
-        "reward_function": _name_of(reward_function),
+        "reward_function": name_of(reward_function),
         "rollouts": {name: value for name, value in asdict(config).items() if name in _SAMPLE_SETTINGS},
         "shard_size": shard_size,
         "num_problems": num_problems,
@@ -149,7 +149,7 @@ def value_stage(
         "stage": "values",
         "sampled": manifest["fingerprint"],
         "engine": engine.describe(),
-        "reward_function": _name_of(reward_function),
+        "reward_function": name_of(reward_function),
         "rollouts": asdict(config),
     }
     features = table_features(problem_features(sampled.features["sampled"]))
@@ -266,12 +266,6 @@ def _in_thread(compute: Callable[[int], int], index: int) -> "Future[int]":
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def _name_of(function: RewardFunction) -> str:
-    """Where a function is defined, or the class of an object that is called."""
-    named: Any = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _num_needed(store: ShardStore, num_problems: int | None) -> int:
