@@ -56,7 +56,7 @@ OTHER = {"question": "2 + 2", "answer": "4"}
         ("column.jsonl", lines({"question": "1"}, {"question": "2"}), "needs a column named 'answer' or"),
         ("empty.jsonl", "", "cannot be read: it is empty"),
         ("header.csv", "question,answer\n", "header.csv cannot be read: "),
-        ("one.jsonl", lines(GOOD), "all 1 test problems are also in training"),
+        ("one.jsonl", lines(GOOD), "has no problem to evaluate on"),
         ("same.jsonl", lines(GOOD, GOOD), "all 1 test problems are also in training"),
         ("broken.jsonl", lines(GOOD) + '{"question"', "broken.jsonl cannot be read: JSON parse error"),
         ("broken.parquet", "PAR1", "broken.parquet cannot be read: "),
