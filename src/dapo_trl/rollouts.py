@@ -22,7 +22,7 @@ from dapo_trl.progress import CompletionBar
 from dapo_trl.state_tree import Rollout, StateTree
 from dapo_trl.steps import Separator, first_step_ids, split_ids
 from dapo_trl.tables import PROBLEM_COLUMNS, problem_row, table_features, to_dataset, with_problem_ids
-from dapo_trl.tokenization import Prompt, encode_prompt, template_arguments, tokenizer_fingerprint
+from dapo_trl.tokenization import encode_prompt, template_arguments, tokenizer_fingerprint
 from dapo_trl.values import State, StoppingRule
 
 
