@@ -1,6 +1,7 @@
 # Each target does its own set-up: a virtual environment with the versions of constraints.txt. Nothing else is needed.
 #   make demo [SEED=n]   train the tiny student, about two minutes on two CPU cores
 #   make test            the default tests
+#   make test-min        the same with the oldest supported versions of trl, transformers, accelerate, datasets and peft
 #   make check           lint, format, types, spelling
 #   make bench           the measurements behind the README's tables, two hours
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-min check bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -21,6 +22,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-min: tests/minimum_versions.py setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)-min
+	$(PYTHON) tests/minimum_versions.py > $(VENV)-min/constraints.txt
+	$(VENV)-min/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-min/constraints.txt torch -e ".[dev]"
+	$(VENV)-min/bin/python -m pytest
 
 check: $(READY)
 	$(BIN)/ruff check
@@ -45,4 +52,4 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-min runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

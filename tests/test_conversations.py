@@ -76,7 +76,7 @@ class RecordingEngine:
         self.tokenizer = make_tokenizer(TEMPLATES[template])
         self.asked: set[tuple[int, ...]] = set()
 
-    def generate(self, prefixes, seeds, sampling, on_completion=None):
+    def generate(self, prefixes, seeds, sampling, on_completion=None, limits=None):
         self.asked |= {tuple(prefix) for prefix in prefixes}
         return [[self.draw(seed) for seed in own] for own in seeds]
 
