@@ -4,6 +4,7 @@ What the tests share: tiny models and a tokenizer built in memory, rows made by 
 
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ CHAT_TEMPLATE = (
 )
 
 
+SAMPLE = [  # texts with lines, indentation and characters of several bytes
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = 72 clips.\n#### 72",
+    "First, add:\n\n  2 + 2 = 4.\n\n\nThen ∑ x² ≤ 7 — done.\n#### 4",
+    "def f(x):\n    return x\n\n\ndef g(x):\n\treturn f(x)\n",
+    "\n\nLeading lines, trailing spaces.  \n 中文推理：\n第一步。😀👍🏽\n",
+]
+
+
 def make_tokenizer(chat_template: str | None = None, **special_tokens: str | None):
     """A byte-level tokenizer without merges: any text goes in and comes out unchanged."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -39,6 +48,36 @@ def make_tokenizer(chat_template: str | None = None, **special_tokens: str | Non
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def sentencepiece_tokenizer(texts=SAMPLE, vocab_size=200):
+    """BPE as in Llama 2: spaces are ▁, unknown characters and newlines are byte tokens, the first space is dropped."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    pieces = sorted({char for text in texts for char in text.replace(" ", "▁") if char.isascii() and char != "\n"})
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    merged = _merges(texts, pieces, vocab_size)
+    vocab = {token: i for i, token in enumerate([*specials, "▁", *(p for p in pieces if p != "▁"), *merged.values()])}
+    backend.model = models.BPE(vocab=vocab, merges=list(merged), byte_fallback=True, unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def _merges(texts, pieces, number):
+    """The most frequent pairs of neighbouring characters, as merges."""
+    pairs = {}
+    for text in texts:
+        text = "▁" + text.replace(" ", "▁")
+        for pair in pairwise(text):
+            if set(pair) <= {*pieces, "▁"}:
+                pairs[pair] = pairs.get(pair, 0) + 1
+    frequent = sorted(pairs, key=lambda pair: -pairs[pair])[:number]
+    return {pair: "".join(pair) for pair in frequent}
 
 
 class ScriptedEngine:

@@ -4,27 +4,22 @@ import json
 import os
 import random
 import re
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from operator import and_, eq
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import dapo_trl.steps
+from conftest import SAMPLE, sentencepiece_tokenizer
 from dapo_trl.steps import first_step_ids, split_ids, split_step_ids, split_steps, step_ends, step_texts, token_ends
 
 
 DATA = Path(os.environ.get("DAPO_TRL_DATA", Path(__file__).parents[2] / "shared" / "data"))
-SAMPLE = [
-    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = 72 clips.\n#### 72",
-    "First, add:\n\n  2 + 2 = 4.\n\n\nThen ∑ x² ≤ 7 — done.\n#### 4",
-    "def f(x):\n    return x\n\n\ndef g(x):\n\treturn f(x)\n",
-    "\n\nLeading lines, trailing spaces.  \n 中文推理：\n第一步。😀👍🏽\n",
-]
 
 
 def byte_level_tokenizer(texts=SAMPLE, vocab_size=300):
@@ -37,33 +32,6 @@ def byte_level_tokenizer(texts=SAMPLE, vocab_size=300):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=specials)
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-
-
-def sentencepiece_tokenizer(texts=SAMPLE, vocab_size=200):
-    """BPE as in Llama 2: spaces are ▁, unknown characters and newlines are byte tokens, the first space is dropped."""
-    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    pieces = sorted({char for text in texts for char in text.replace(" ", "▁") if char.isascii() and char != "\n"})
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    merged = _merges(texts, pieces, vocab_size)
-    vocab = {token: i for i, token in enumerate([*specials, "▁", *(p for p in pieces if p != "▁"), *merged.values()])}
-    backend.model = models.BPE(vocab=vocab, merges=list(merged), byte_fallback=True, unk_token="<unk>")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def _merges(texts, pieces, number):
-    """The most frequent pairs of neighbouring characters, as merges."""
-    pairs = {}
-    for text in texts:
-        text = "▁" + text.replace(" ", "▁")
-        for pair in pairwise(text):
-            if set(pair) <= {*pieces, "▁"}:
-                pairs[pair] = pairs.get(pair, 0) + 1
-    frequent = sorted(pairs, key=lambda pair: -pairs[pair])[:number]
-    return {pair: "".join(pair) for pair in frequent}
 
 
 def unigram_tokenizer(texts=SAMPLE, vocab_size=200):

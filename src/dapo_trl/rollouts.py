@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dapo_trl.continuations import text_context
 from dapo_trl.engines import Completion, Engine, OnCompletion, PrefixError, SamplingConfig, sample_seed
 from dapo_trl.judging import RewardFunction, judge
 from dapo_trl.progress import CompletionBar
@@ -369,7 +370,8 @@ class _Sampler:
 
     def _rollout(self, request: _Request, completion: Completion, reward: float | None) -> Rollout:
         truncated = completion.finish_reason == "length"
-        steps_ids, steps = self._split(completion.ids) if completion.text else ((), ())
+        context = text_context(self.engine.tokenizer, request.prefix_ids)
+        steps_ids, steps = self._split(context, completion.ids) if completion.text else ((), ())
         self.counts["tokens_generated"] += len(completion.ids)
         self.counts["truncated"] += truncated
         self.counts["not_judged"] += reward is None
@@ -379,9 +381,9 @@ class _Sampler:
 
 
 def _split(
-    tokenizer: PreTrainedTokenizerBase, separator: Separator, ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase, separator: Separator, context: tuple[int, ...], ids: tuple[int, ...]
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
-    steps_ids, texts = split_ids(list(ids), tokenizer, separator)
+    steps_ids, texts = split_ids(list(ids), tokenizer, separator, context)
     return tuple(map(tuple, steps_ids)), tuple(texts)
 
 

@@ -18,10 +18,11 @@ Rules, the same for text and tokens:
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import accumulate, repeat
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
+
+from dapo_trl.continuations import decoder, following, text_context
 
 
 if TYPE_CHECKING:
@@ -154,7 +155,10 @@ def split_step_ids(
 
 
 def split_ids(
-    ids: Iterable[int], tokenizer: "PreTrainedTokenizerBase", separator: Separator = "\n"
+    ids: Iterable[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    separator: Separator = "\n",
+    prefix_ids: Sequence[int] = (),
 ) -> tuple[list[list[int]], list[str]]:
     r"""
     Cut token ids into steps, and give the steps' texts with them: [`split_step_ids`] and [`step_texts`] in one go.
@@ -166,6 +170,8 @@ def split_ids(
             Tokenizer that the ids come from.
         separator (`str`, `re.Pattern` or `Callable[[str], Sequence[int]]`, *optional*, defaults to `"\n"`):
             What ends a step, see [`step_ends`].
+        prefix_ids (`Sequence[int]`, *optional*, defaults to `()`):
+            What stands before the ids, see [`token_ends`].
 
     Returns:
         `tuple[list[list[int]], list[str]]`:
@@ -175,7 +181,7 @@ def split_ids(
         TypeError, ValueError: as [`split_step_ids`].
     """
     ids = _as_list(ids)
-    cuts = _token_cuts(ids, tokenizer, separator)
+    cuts = _token_cuts(ids, tokenizer, separator, prefix_ids)
     return _slices(ids, [cut for cut, _ in cuts]), [text for _, text in cuts]
 
 
@@ -248,7 +254,10 @@ def step_texts(
 
 
 def token_ends(
-    ids: Iterable[int], tokenizer: "PreTrainedTokenizerBase", skip_special_tokens: bool = True
+    ids: Iterable[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    skip_special_tokens: bool = True,
+    prefix_ids: Sequence[int] = (),
 ) -> tuple[str, list[int]]:
     r"""
     Decode ids and say where in the text every token ends.
@@ -266,6 +275,9 @@ def token_ends(
             Tokenizer that the ids come from.
         skip_special_tokens (`bool`, *optional*, defaults to `True`):
             Whether special tokens have no text.
+        prefix_ids (`Sequence[int]`, *optional*, defaults to `()`):
+            What stands before the ids: their text is then that which follows it, see
+            [`~dapo_trl.continuations.continuation_text`]. Its last few ids are enough.
 
     Returns:
         `tuple[str, list[int]]`:
@@ -277,7 +289,7 @@ def token_ends(
     ids = _as_list(ids)
     if not ids:
         return "", []
-    window = _Window(ids, tokenizer, skip_special_tokens)
+    window = _Window(ids, tokenizer, skip_special_tokens, prefix_ids)
     for start in range(0, len(ids), _RUN):
         run = ids[start : start + _RUN]
         if not window.pass_over(run):
@@ -289,23 +301,28 @@ def token_ends(
 class _Window:
     """The window of [`token_ends`]: the text of all ids, and the ends of those that it has come past."""
 
-    def __init__(self, ids: list[int], tokenizer: "PreTrainedTokenizerBase", skip_special_tokens: bool) -> None:
-        # the text of one sequence; the tokenizer would take several too, and then return a list
-        self._decode: Callable[[list[int]], Any] = partial(
-            tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+    def __init__(
+        self,
+        ids: list[int],
+        tokenizer: "PreTrainedTokenizerBase",
+        skip_special_tokens: bool,
+        prefix_ids: Sequence[int],
+    ) -> None:
+        self._decode = decoder(tokenizer, skip_special_tokens)
         self._silent = set(tokenizer.all_special_ids) if skip_special_tokens else set()
         self._pieces = _PIECES.setdefault(tokenizer, {True: {}, False: {}})[skip_special_tokens]
-        self.text = str(self._decode(ids))
+        context = list(text_context(tokenizer, prefix_ids, skip_special_tokens))
+        self.text = following(self._decode, context, ids)
         self.ends: list[int] = []
         self._end = 0
-        self._context: list[int] = []  # tokens just before the window
+        # tokens just before the window; none that have no text, after which the next one is the first of a text
+        self._context: list[int] = context if context and self._decode(context) else []
         self._window: list[int] = []  # tokens whose text is incomplete
         self._position = 0  # where in `text` the window starts
 
     def pass_over(self, run: list[int]) -> bool:
         """Take tokens at once, if all have a known text and these are what comes next."""
-        if self._window or not self._position:
+        if self._window or not self._context:
             return False
         pieces = list(map(self._pieces.get, run, repeat("")))
         if not all(pieces) or not self.text.startswith("".join(pieces), self._position):
@@ -317,7 +334,7 @@ class _Window:
 
     def add(self, token: int) -> None:
         """Take one token."""
-        if self._position and not self._window and self._is_next(piece := _piece(token, self._decode, self._pieces)):
+        if self._context and not self._window and self._is_next(piece := _piece(token, self._decode, self._pieces)):
             self._context, self._end = [token], self._position + len(piece)
             self._position = self._end
         elif token not in self._silent:
@@ -330,13 +347,13 @@ class _Window:
         return bool(piece) and self.text.startswith(piece, self._position)
 
     def _try_to_close(self) -> None:
-        new = self._decode(self._context + self._window)[len(self._decode(self._context)) if self._context else 0 :]
+        new = following(self._decode, self._context, self._window)
         self._end = max(self._end, self._position + _shared_prefix(new, self.text, self._position))
         if new and self._end == self._position + len(new):
             self._context, self._window, self._position = self._window, [], self._end
 
 
-def _piece(token: int, decode: Callable[[list[int]], str], pieces: dict[int, str]) -> str:
+def _piece(token: int, decode: Callable[[Sequence[int]], str], pieces: dict[int, str]) -> str:
     """Text of a token after another one; "" if it has none, or part of a character."""
     if token not in pieces:
         piece = decode([token, token])[len(decode([token])) :]
@@ -351,9 +368,11 @@ def _shared_prefix(new: str, text: str, position: int) -> int:
     return next(i for i, char in enumerate(new) if not text.startswith(char, position + i))
 
 
-def _token_cuts(ids: list[int], tokenizer: "PreTrainedTokenizerBase", separator: Separator) -> list[tuple[int, str]]:
+def _token_cuts(
+    ids: list[int], tokenizer: "PreTrainedTokenizerBase", separator: Separator, prefix_ids: Sequence[int] = ()
+) -> list[tuple[int, str]]:
     """Exclusive token end and text of every step."""
-    text, ends = token_ends(ids, tokenizer)
+    text, ends = token_ends(ids, tokenizer, prefix_ids=prefix_ids)
     # an end in characters moves right to the end of its token; this may leave white space between two ends
     moved = sorted({ends[bisect_left(ends, end)] for end in step_ends(text, separator)})
     moved = _join_blank(text, moved) or [0] * bool(ids)
