@@ -18,7 +18,9 @@ def main() -> None:
     config.read(REPOSITORY / "setup.cfg")
     stated = config["options"]["install_requires"] + config["options.extras_require"]["peft"]
     minimum = dict(re.findall(r"^([\w-]+) >= ([\w.]+)", stated, re.MULTILINE))
-    tested = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line)
+    tested = dict(
+        line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line
+    )
     for name, version in (tested | {name: minimum[name] for name in AT_MINIMUM}).items():
         print(f"{name}=={version}")
 

@@ -344,7 +344,7 @@ def test_every_declared_end_token_ends():
     sampler = engine()
     sampler.model.generation_config.eos_token_id = [EOS, 77]
     sampler = TransformersEngine(sampler.model, sampler.tokenizer, 64)
-    assert sampler.eos_token_ids == [EOS, 77]
+    assert sampler.eos_token_ids == sampler.describe()["end_tokens"] == [EOS, 77]
     samples = sampler.generate(PREFIXES, seeds_for(PREFIXES, 64), SamplingConfig(max_new_tokens=60))
     ends = {c.ids[-1] for group in samples for c in group if c.finish_reason == "stop"}
     assert ends == {EOS, 77}

@@ -6,17 +6,22 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
+import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from conftest import STUDENT, make_tokenizer
+from conftest import STUDENT, make_tokenizer, sentencepiece_tokenizer
 from dapo_trl import math_reward
-from dapo_trl.engines import SamplingConfig, _servers, sample_seed
+from dapo_trl.engines import SamplingConfig, _pool, _servers, sample_seed
+from dapo_trl.engines import openai as openai_engine
 from dapo_trl.engines.openai import Capabilities, OpenAIEngine
 from http_servers import SHORT, Behaviour, FakeServer, Student, free_port
 
@@ -122,6 +127,9 @@ def test_less_able_servers(start, caplog, behaviour, capabilities):
     counts = sampler.take_counts()
     assert counts["ids_rebuilt"] == (0 if capabilities.token_ids else 15)
     assert counts["ids_not_round_trip"] == counts["prompts_not_round_trip"] == 0
+    assert counts["prompts_as_text"] == (0 if capabilities.token_prompts else 15)
+    assert counts["not_repeatable"] == (0 if capabilities.seeds else 15)
+    assert counts["settings_unsaid"] == (0 if capabilities.fields == "extended" else 15)
     assert bool(caplog.records) == (capabilities.n or behaviour != {"n": False})
     if capabilities.seeds:
         assert samples == engine(start()).generate(PREFIXES, SEEDS, SHORT)
@@ -250,10 +258,27 @@ def test_text_that_does_not_round_trip(start):
     assert not any(sampler.take_counts().values())
 
 
+def test_ids_of_a_text_that_begins_with_a_space(start):
+    """
+    Tokenizers that come from SentencePiece put a space before every text. The ids are those that the text has after its
+    prefix, and the prompt is sent as the text that becomes its ids.
+    """
+    server, tokenizer = start(token_prompts=False, token_ids=False), sentencepiece_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    server.tokenizer, prefix = tokenizer, tokenizer("if x:\n").input_ids
+    sampler = engine(server, tokenizer=tokenizer)
+    for text in ("  y\n", "y\n", " 4", "第一"):
+        server.choice = lambda choice, text=text: choice | {"text": text, "finish_reason": "length"}
+        ((completion,),) = sampler.generate([prefix], [[0]], replace(SHORT, temperature=0.0))
+        assert completion.text == text
+        assert [*prefix, *completion.ids] == tokenizer("if x:\n" + text).input_ids
+    assert {body["prompt"] for body in server.work} == {"if x:\n"}
+    counts = sampler.take_counts()
+    assert (counts["ids_rebuilt"], counts["ids_not_round_trip"], counts["prompts_not_round_trip"]) == (4, 0, 0)
+
+
 def test_prompts_as_text(start, caplog):
     """Special tokens that the server adds by itself are left out; half a character cannot be sent, which is counted."""
-    from tokenizers.processors import TemplateProcessing
-
     server, tokenizer = start(token_prompts=False), make_tokenizer(bos_token="<pad>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<pad> $A", special_tokens=[("<pad>", 0)])
     server.tokenizer = tokenizer
@@ -387,13 +412,34 @@ def test_server_that_fails_on_what_it_does_not_know(start):
     assert sampler.capabilities == replace(FULL, token_prompts=False)
 
 
+@pytest.mark.parametrize(("first", "number"), [(0, 3), (0, 6), (3, 3), (10, 9)])
+@pytest.mark.parametrize("fault", [(500, {"error": "CUDA warm-up"}), (200, b"<html>")], ids=["500", "HTML"])
+def test_faults_that_pass_during_the_probe(start, first, number, fault):
+    """They do not count as something that the server cannot do."""
+    server = start()
+    server.answer = lambda body, at: fault if first <= at < first + number else None
+    sampler = engine(server)
+    sampler.generate(PREFIXES, SEEDS, SHORT)
+    assert sampler.capabilities == FULL
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", 2), ("top_k", 1)])
+def test_server_that_fails_on_one_setting(start, name, value):
+    """What it fails on every time, though nothing else, it cannot do."""
+    server = start()
+    server.answer = lambda body, number: (500, {}) if body.get(name) == value else None
+    sampler = engine(server)
+    sampler.generate(PREFIXES, SEEDS, SHORT)
+    assert sampler.capabilities == replace(FULL, **{name: False})
+
+
 def test_server_that_fails_on_everything(start):
     """That is found out by the first form of a request and the plainest one, before all others are tried."""
     server = start()
     server.answer = lambda body, number: (500, {"error": "out of memory"})
-    with pytest.raises(RuntimeError, match=r"after 3 attempts: status 500.*out of memory"):
+    with pytest.raises(RuntimeError, match=r"after 5 attempts: status 500.*out of memory"):
         engine(server).generate(PREFIXES, SEEDS, SHORT)
-    assert len(server.bodies) == 6
+    assert len(server.bodies) == 10
 
 
 def test_server_that_takes_ids_for_something_else(start):
@@ -404,6 +450,19 @@ def test_server_that_takes_ids_for_something_else(start):
     sampler = engine(server)
     sampler.generate(PREFIXES, SEEDS, SHORT)
     assert sampler.capabilities == replace(FULL, token_prompts=False)
+
+
+def test_description():
+    """Other templates make other prompts, and other end tokens other completions."""
+
+    def describe(**kwargs):
+        return OpenAIEngine("http://a", "m", make_tokenizer(**kwargs)).describe()
+
+    plain, one, other = describe(), describe(chat_template="{{ 1 }}"), describe(chat_template="{{ 2 }}")
+    assert plain["chat_template"] is None
+    assert len({plain["chat_template"], one["chat_template"], other["chat_template"]}) == 3
+    assert {**one, "chat_template": None} == plain
+    assert (plain["end_tokens"], describe(eos_token="<pad>")["end_tokens"]) == ([EOS], [0])
 
 
 def test_other_model(start):
@@ -423,7 +482,7 @@ def test_bad_arguments(start, monkeypatch):
     server = start()
     with pytest.raises(ValueError, match="Prefix 1 is empty"):
         engine(server).generate([[5], []], [[0], [0]], SHORT)
-    with pytest.raises(ValueError, match="`seeds` needs one entry per prefix, got 1 for 2"):
+    with pytest.raises(ValueError, match="`seeds` needs one entry per prefix, got 1 for 2 prefixes"):
         engine(server).generate([[5], [6]], [[0]], SHORT)
     with pytest.raises(ValueError, match="no `eos_token`"):
         engine(server, tokenizer=make_tokenizer(eos_token=None))
@@ -444,15 +503,17 @@ def test_bad_arguments(start, monkeypatch):
 
 
 def test_one_of_two_is_down(start, caplog):
-    """The other one does the work, with one warning; the first is asked again in the next call."""
+    """The other one does the work, with one warning; the first is probed again behind it, and then takes part."""
     server, port = start(), free_port()
     urls = [server.url, f"http://127.0.0.1:{port}"]
     sampler = OpenAIEngine(urls, "m", make_tokenizer())
     samples = sampler.generate(PREFIXES, SEEDS, SHORT)
     assert caplog.text.count("Cannot reach") == caplog.text.count("Going on with 1 of 2 servers") == 1
     other = start(port=port)
-    assert sampler.generate(PREFIXES, SEEDS, SHORT) == samples
-    assert other.work
+    while not other.work:
+        assert sampler.generate(PREFIXES, SEEDS, SHORT) == samples
+    assert caplog.text.count("Cannot reach") == 1
+    assert f"127.0.0.1:{port}/v1 takes part" in caplog.text
     other.answer = lambda body, number: (503, {})
     assert sampler.generate(PREFIXES, SEEDS, SHORT) == samples
     assert caplog.text.count("Cannot reach") == 2
@@ -478,6 +539,66 @@ def test_all_are_down(start, caplog):
     sampler._patience = replace(sampler._patience, downtime=0.3)
     with pytest.raises(ConnectionError, match="status 503"):
         sampler.generate(PREFIXES, SEEDS, SHORT)
+
+
+def test_no_call_waits_for_a_server_that_hangs(start, monkeypatch, caplog):
+    """The first one does for a while, as it might only be slow; then it is probed behind the work, by one at a time."""
+    monkeypatch.setattr(_pool, "_GRACE", 0.1)
+    server, begin = start(), time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        sampler = OpenAIEngine([server.url, f"http://127.0.0.1:{hole.getsockname()[1]}"], "m", make_tokenizer())
+        samples = sampler.generate(PREFIXES, SEEDS, SHORT)
+        for _ in range(10):
+            assert sampler.generate(PREFIXES, SEEDS, SHORT) == samples
+        assert time.monotonic() - begin < 5
+        assert sum(thread.name.startswith("probe of ") for thread in threading.enumerate()) == 1
+    assert caplog.text.count("Going on with 1 of 2 servers") == 1
+    assert sampler.capabilities == FULL
+
+
+def test_nobody_has_ever_answered(start, monkeypatch):
+    """A wrong address is found out soon, and who starts a server at the same time is told what to set."""
+    monkeypatch.setattr(openai_engine, "_FIRST_DOWNTIME", 0.3)
+    url, begin = f"http://127.0.0.1:{free_port()}/v1", time.monotonic()
+    with pytest.raises(ConnectionError, match=f"{url} .*`server_urls` .*for 0.3 seconds; set `max_downtime` to wait"):
+        OpenAIEngine(url, "m", make_tokenizer()).generate(PREFIXES, SEEDS, SHORT)
+    assert time.monotonic() - begin < 3
+    server, begin = start(), time.monotonic()
+    server.answer = lambda body, number: (503, {"error": "loading"}) if time.monotonic() < begin + 0.6 else None
+    engine(server).generate(PREFIXES, SEEDS, SHORT)  # one that loads its model has answered
+    port = free_port()
+    patient = OpenAIEngine(f"http://127.0.0.1:{port}", "m", make_tokenizer(), max_downtime=30)
+    with ThreadPoolExecutor(1) as executor:
+        samples = executor.submit(patient.generate, PREFIXES, SEEDS, SHORT)
+        time.sleep(0.6)
+        start(port=port)
+        assert len(samples.result()) == 3
+
+
+def test_downtime_counts_from_when_nobody_can_be_reached(monkeypatch):
+    """Time that went by with other failures, such as two timeouts of ten minutes, is not waited for a server."""
+    now, events = [0.0], [("timeout", 600), ("timeout", 600), ("unreachable", 0), ("lost", 0), ("unreachable", 400)]
+    events += [("unreachable", 300), ("unreachable", 300)]
+    transport, server = _servers.Transport("none", 600, lambda name: None), _servers.Server("http://a", None)
+    server.client = types.SimpleNamespace(completions=openai_engine)
+
+    async def send(server, call, **kwargs):
+        kind, seconds = events.pop(0)
+        now[0] += seconds
+        raise _servers.Failure(kind, kind)
+
+    async def sleep(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(openai_engine, "with_raw_response", types.SimpleNamespace(create=None), raising=False)
+    monkeypatch.setattr(transport, "_send", send)
+    monkeypatch.setattr(_servers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_servers.asyncio, "sleep", sleep)
+    patience = _servers.Patience(8, 8, 3, 8, downtime=600.0)
+    coroutine = transport.ask([server], lambda capabilities: {}, patience)
+    with pytest.raises(ConnectionError, match="after 7 attempts"):
+        coroutine.send(None)
+    assert not events
 
 
 def test_requests_under_way(start):
@@ -534,7 +655,7 @@ def test_failing_servers_are_probed_for_one_of_several_calls(start):
     with ThreadPoolExecutor(3) as executor:
         calls = [executor.submit(sampler.generate, PREFIXES, SEEDS, SHORT) for _ in range(3)]
         assert all(isinstance(call.exception(), RuntimeError) for call in calls)
-    assert len(server.bodies) == 6
+    assert len(server.bodies) == 10
 
 
 @pytest.mark.parametrize("in_loop", [False, True])
@@ -606,7 +727,7 @@ def test_transformers_serve(student, student_tokenizer):
     sampler, samples = sample(student, student_tokenizer, 50, max_concurrency=1)
     assert sampler.name == "student"
     counts = sampler.take_counts()
-    assert counts == dict.fromkeys(counts, 0) | {"ids_rebuilt": 150}
+    assert counts == dict.fromkeys(counts, 0) | {"ids_rebuilt": 150, "prompts_as_text": 150}
     check(flat(samples), student_tokenizer)
     _, greedy_samples = sample(student, student_tokenizer, 1, temperature=0.0)
     model = AutoModelForCausalLM.from_pretrained(STUDENT)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from conftest import STUDENT, make_tokenizer
 from dapo_trl.engines import SamplingConfig
@@ -29,6 +30,7 @@ class SamplingParams:
     top_k: int = 0
     max_tokens: int | None = 16
     seed: int | None = None
+    stop_token_ids: list[int] | None = None
     detokenize: bool = True
 
 
@@ -37,6 +39,7 @@ class LLM:
     """`vllm.LLM` with random completions; tests may fix the next ones in `outputs`."""
 
     model: str
+    tokenizer: str | None = None
     enable_prefix_caching: bool | None = None
     max_model_len: int | None = None
     calls: list = field(default_factory=list)
@@ -78,7 +81,8 @@ def test_requests(engine):
     ((prompts, settings),) = engine.llm.calls
     assert [prompt["prompt_token_ids"] for prompt in prompts] == [PREFIXES[0]] * 2 + [PREFIXES[2]] * 3
     assert [params.seed for params in settings] == [5, 6, 2**62, 5, 7]
-    expected = SamplingParams(temperature=0.5, top_p=0.9, top_k=3, max_tokens=9, seed=5, detokenize=False)
+    expected = SamplingParams(temperature=0.5, top_p=0.9, top_k=3, max_tokens=9, seed=5)
+    expected.stop_token_ids, expected.detokenize = [EOS], False
     assert settings[0] == expected
     assert engine.llm.enable_prefix_caching is True
     assert engine.llm.max_model_len == 512
@@ -119,10 +123,46 @@ def test_ends(engine):
     assert [sample.ids for sample in samples] == [(70, 71, EOS), (70, 71, EOS), (EOS,), (70, 72), (70, 71)]
 
 
+def test_end_tokens(engine, tmp_path):
+    """vLLM is told all of them, and a completion is cut at the first, even if it was not."""
+    engine.llm.outputs = [([70, EOS, 71], "length"), ([70, EOS], "length")]
+    ((first, second),) = engine.generate([[5]], [[0, 1]], SamplingConfig())
+    assert (first.ids, first.finish_reason) == (second.ids, second.finish_reason) == ((70, EOS), "stop")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 77]}')
+    chat = VLLMEngine(str(tmp_path), make_tokenizer(chat_template="{{ 1 }}"))
+    chat.llm.outputs = [([70, 77], "stop"), ([70, 77, 71], "length")]
+    ((first, second),) = chat.generate([[5]], [[0, 1]], SamplingConfig())
+    assert first.ids == second.ids == (70, 77)
+    assert chat.llm.calls[0][1][0].stop_token_ids == [EOS, 77]
+    assert (engine.describe()["end_tokens"], chat.describe()["end_tokens"]) == ([EOS], [EOS, 77])
+    assert engine.describe()["chat_template"] != chat.describe()["chat_template"]
+
+
+def test_the_tokenizer_that_vllm_takes(engine, monkeypatch):
+    """Of the same revision, and from another place if vLLM is told so; none is loaded if one is given."""
+    loaded = []
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda name, **kwargs: loaded.append((name, kwargs)) or make_tokenizer()
+    )
+    VLLMEngine("a", make_tokenizer(), revision="main")
+    VLLMEngine("a", revision="v2", trust_remote_code=True)
+    VLLMEngine("a", "b", revision="v2")
+    VLLMEngine("a", tokenizer="b", tokenizer_revision="v3")
+    assert loaded == [
+        ("a", {"revision": "v2", "trust_remote_code": True}),
+        ("b", {"revision": None, "trust_remote_code": False}),
+        ("b", {"revision": "v3", "trust_remote_code": False}),
+    ]
+    assert VLLMEngine("a", "b").llm.tokenizer == "b"
+    assert engine.llm.tokenizer is None
+
+
 def test_bad_input_and_output(engine, monkeypatch):
     with pytest.raises(ValueError, match="Prefix 1 is empty"):
         engine.generate([[5], []], [[0], [0]], SamplingConfig())
-    with pytest.raises(ValueError, match="`seeds` needs one entry per prefix, got 1 for 2"):
+    with pytest.raises(ValueError, match="Prefix 1 has 512 tokens and leaves no room in the model's context of 512"):
+        engine.generate([[5], [5] * 512], [[0], [0]], SamplingConfig())
+    with pytest.raises(ValueError, match="`seeds` needs one entry per prefix, got 1 for 2 prefixes"):
         engine.generate([[5], [6]], [[0]], SamplingConfig())
     with pytest.raises(ValueError, match="Prefix 1 has the limit 0"):
         engine.generate([[5], [6]], [[0], [0]], SamplingConfig(), limits=[1, 0])

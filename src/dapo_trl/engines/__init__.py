@@ -57,7 +57,7 @@ class Completion:
         ids (`tuple[int, ...]`):
             Sampled token ids. They end with the end-of-sequence token if and only if `finish_reason` is `"stop"`.
         text (`str`):
-            The ids decoded without special tokens.
+            The ids decoded without special tokens, as they read after the prefix: with the space that they begin with.
         finish_reason (`str`):
             `"stop"` if the policy ended the completion, `"length"` if it was cut at its limit.
     """

@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds; doubled with every failure
 _CONNECT_TIMEOUT = 10.0
+_LIST_TIMEOUT = 10.0
 _STARTING = {502, 503, 504}  # a proxy without its server, or a server that still loads its model
 _BUSY = {408, 409, 429}
 
-PROBE_TEMPERATURE = 2.0
 FIELDS = ("extended", "generation_config", "standard", "unseeded")  # see `Capabilities.fields`, best first
 
 _jitter = random.Random()
@@ -72,22 +72,6 @@ def agreed(capabilities: Sequence[Capabilities]) -> Capabilities:
     return Capabilities(**common)
 
 
-def notes(capabilities: Capabilities, is_constant: bool) -> Iterator[str]:
-    """What somebody who samples from a server should know about it."""
-    if is_constant:
-        yield (
-            f"gives the same completion at temperature {PROBE_TEMPERATURE:g}, whatever the seed. Unless the model is "
-            "as sure of itself as that, the server ignores the temperature, as `transformers serve` does with "
-            "`--continuous-batching`."
-        )
-    if not capabilities.token_prompts or not capabilities.token_ids:
-        yield "does not both take and return token ids: they pass through text, which `take_counts` reports on."
-    if not capabilities.seeds:
-        yield "does not honour seeds at this `max_concurrency`: completions will not repeat."
-    if capabilities.fields in ("standard", "unseeded"):
-        yield "takes no settings but the protocol's own: a `top_k` or penalties of its own may be at work."
-
-
 def extra_fields(fields: str, sampling: SamplingConfig) -> dict[str, Any]:
     """Settings that the protocol lacks, said in full: what is not said, servers fill from the model's configuration."""
     if fields == "extended":
@@ -98,6 +82,10 @@ def extra_fields(fields: str, sampling: SamplingConfig) -> dict[str, Any]:
     if sampling.temperature > 0:
         settings |= {"top_k": sampling.top_k, "min_p": 0.0, "typical_p": 1.0}
     return {"generation_config": json.dumps(settings)}
+
+
+class Refusal(RuntimeError):
+    """A server does not do what was asked for; another form of the request may do."""
 
 
 class Failure(Exception):
@@ -128,6 +116,8 @@ class Patience:
             How often it is repeated after errors and timeouts.
         garbage (`int`):
             How often it is repeated after answers that cannot be read.
+        timeouts (`int`):
+            How often it is repeated after timeouts.
         downtime (`float`):
             Seconds for which it waits for servers that can be reached.
     """
@@ -135,6 +125,7 @@ class Patience:
     retries: int
     errors: int
     garbage: int
+    timeouts: int
     downtime: float
 
     def is_over(self, failures: Counter[str], waited: float, is_reachable: bool) -> bool:
@@ -145,6 +136,7 @@ class Patience:
             failures.total() - failures["unreachable"] > self.retries
             or failures["error"] + failures["timeout"] > self.errors
             or failures["garbage"] > self.garbage
+            or failures["timeout"] > self.timeouts
         )
 
 
@@ -160,16 +152,18 @@ class Server:
     failures: int = 0
     rests_until: float = 0.0
     is_down: bool = False
+    has_answered: bool = False
     told: set[str] = field(default_factory=set)
 
     def rest(self, failure: Failure) -> None:
         """Leaves the server alone for a while, longer each time. Requests that fail together count once."""
         if time.monotonic() >= self.rests_until:
-            self.rests_until = time.monotonic() + _pause(self.failures)
+            self.rests_until = time.monotonic() + pause(self.failures)
             self.failures += 1
         if failure.kind == "unreachable" and not self.is_down:
             self.is_down = True
-            logger.warning(f"Cannot reach {self.url} ({failure}). Trying again until it is back.")
+            hope = "until it is back" if self.has_answered else "for a while; check the address, and that it runs"
+            logger.warning(f"Cannot reach {self.url} ({failure}). Trying again {hope}.")
         elif failure.kind in ("error", "garbage", "timeout") and failure.kind not in self.told:
             self.told.add(failure.kind)
             logger.warning(f"{self.url} fails: {failure}. Asking again a few times.")
@@ -208,7 +202,7 @@ class Transport:
 
     async def ask(
         self, servers: Sequence[Server], body: Callable[[Capabilities], dict[str, Any]], patience: Patience
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[list[dict[str, Any]], Capabilities]:
         """
         Completions from the server with the least to do; tried again, at any server, until patience is at an end.
 
@@ -221,8 +215,8 @@ class Transport:
                 When to give up.
 
         Returns:
-            `list[dict]`: the choices, as many as asked for, each with the number of `prompt_tokens` if the server
-            tells.
+            `tuple[list[dict], Capabilities]`: the choices, as many as asked for, each with the number of
+            `prompt_tokens` if the server tells; and what the server that gave them can do.
 
         Raises:
             RuntimeError, TimeoutError, ConnectionError: see [`~dapo_trl.engines.openai.OpenAIEngine.generate`].
@@ -237,23 +231,24 @@ class Transport:
             except Failure as failure:
                 server.rest(failure)
                 logger.info(f"{server.url}, {failure.kind}: {failure}")
-                since = since or time.monotonic()
+                # How long nothing could be reached; what took its time before is another matter.
+                since = (since or time.monotonic()) if failure.kind == "unreachable" else None
                 failures[failure.kind] += 1
                 if failure.kind in ("busy", "error", "garbage"):
                     self._count("server_errors")
-                if patience.is_over(failures, time.monotonic() - since, failure.kind != "unreachable"):
+                if patience.is_over(failures, time.monotonic() - (since or 0.0), since is None):
                     raise _given_up(server, failure, failures.total()) from failure
                 self._count("retries")
                 if failure.kind != "unreachable":
-                    await asyncio.sleep(_pause(failures.total() - failures["unreachable"] - 1))
+                    await asyncio.sleep(pause(failures.total() - failures["unreachable"] - 1))
             else:
                 server.recover()
-                return choices
+                return choices, server.capabilities
 
     async def list_models(self, server: Server) -> list[dict[str, Any]]:
         """What the server says about its models; nothing if it has no such endpoint."""
         try:
-            answer = await self._send(server, server.client.models.with_raw_response.list)
+            answer = await self._send(server, server.client.models.with_raw_response.list, timeout=_LIST_TIMEOUT)
         except Failure as failure:
             if failure.kind == "unreachable":
                 server.rest(failure)
@@ -263,25 +258,30 @@ class Transport:
             return []
         return [model for model in answer.get("data") or [] if isinstance(model, dict) and "id" in model]
 
-    async def _send(self, server: Server, call: Callable[..., Awaitable[Any]], **kwargs: Any) -> dict[str, Any]:
+    async def _send(
+        self, server: Server, call: Callable[..., Awaitable[Any]], timeout: float | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """One request. Raises `Failure` where another try may help, RuntimeError where none will."""
         import openai
 
         server.in_flight += 1
+        limit = min(self.timeout, timeout or self.timeout)
         try:
-            async with asyncio.timeout(self.timeout):  # the client's own limits each operation on the connection
+            async with asyncio.timeout(limit):  # the client's own limits each operation on the connection
                 text = (await call(**kwargs)).http_response.text
         except openai.APIStatusError as error:
+            server.has_answered = True
             raise _status_failure(server, error.status_code, error.response.text) from error
         except (openai.APITimeoutError, openai.APIConnectionError, TimeoutError) as error:
             cause = error.__cause__ or error
             if type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
                 raise Failure("unreachable", f"{type(cause).__name__}: {cause}") from error
             if isinstance(error, openai.APITimeoutError | TimeoutError):
-                raise Failure("timeout", f"no answer within {self.timeout:g} seconds") from error
+                raise Failure("timeout", f"no answer within {limit:g} seconds") from error
             raise Failure("lost", f"the connection was lost ({type(cause).__name__}: {cause})") from error
         finally:
             server.in_flight -= 1
+        server.has_answered = True
         with contextlib.suppress(ValueError):
             answer = json.loads(text)
             if isinstance(answer, dict):
@@ -302,7 +302,8 @@ def _status_failure(server: Server, status: int, text: str) -> Exception:
         cure = "Check `api_key`, or the environment variable `OPENAI_API_KEY`."
     elif status in (404, 405):
         cure = f"Check `base_urls`, which usually end in /v1, and `model`; the server lists {server.models}."
-    return RuntimeError(f"{server.url} refuses a request: {said}. {cure}")
+    kind = RuntimeError if status in (401, 403, 404, 405) else Refusal
+    return kind(f"{server.url} refuses a request: {said}. {cure}")
 
 
 def _read_choices(answer: dict[str, Any], n: int) -> list[dict[str, Any]]:
@@ -310,7 +311,7 @@ def _read_choices(answer: dict[str, Any], n: int) -> list[dict[str, Any]]:
     if not isinstance(choices, list) or not choices:
         raise _garbage("no `choices`", answer)
     if len(choices) < n:
-        raise RuntimeError(f"The server gives {len(choices)} completions where {n} were asked for.")
+        raise Refusal(f"The server gives {len(choices)} completions where {n} were asked for.")
     for choice in choices:
         if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
             raise _garbage("a choice without `text`", choice)
@@ -331,7 +332,7 @@ def _garbage(what: str, answer: Any) -> Failure:
 def _given_up(server: Server, failure: Failure, attempts: int) -> Exception:
     error: type[Exception]
     error, cure = {
-        "unreachable": (ConnectionError, "Check `base_urls`, and that the server runs."),
+        "unreachable": (ConnectionError, "Check `base_urls` (`server_urls` of a recipe), and that the server runs."),
         "lost": (ConnectionError, "The server's log may say more."),
         "timeout": (TimeoutError, "Raise `timeout`, or lower `max_concurrency`."),
         "busy": (TimeoutError, "Raise `max_retries`, or lower `max_concurrency`."),
@@ -344,7 +345,7 @@ def _given_up(server: Server, failure: Failure, attempts: int) -> Exception:
     return error(f"Gave up on {server.url} after {attempts} attempts: {failure}. {cure}")
 
 
-def _pause(failures: int) -> float:
+def pause(failures: int) -> float:
     """Seconds to wait after so many failures before; doubled each time, and never the same for all."""
     return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures, 16)) * _jitter.uniform(0.5, 1.5)
 

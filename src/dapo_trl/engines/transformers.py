@@ -12,18 +12,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from dapo_trl.engines import (
-    Completion,
-    OnCompletion,
-    PrefixError,
-    SamplingConfig,
-    check_request,
-    published_name,
-    refuse_endless,
-)
+from dapo_trl.engines import Completion, OnCompletion, SamplingConfig, check_request, published_name, refuse_endless
+from dapo_trl.engines._completions import check_room, describe_text, end_tokens, to_completion
 from dapo_trl.engines._decoding import Draw, Picker, Sequences, batches, check_tokens, reads_common_inputs
 from dapo_trl.ref_logps import model_fingerprint
-from dapo_trl.tokenization import tokenizer_fingerprint
 
 
 # Settings of `generate` that change the distribution, at the values where they do not.
@@ -98,7 +90,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.name = published_name(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.eos_token_ids = end_tokens(tokenizer, model.generation_config)
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -119,39 +111,30 @@ class TransformersEngine:
             PrefixError: if a prefix is empty or leaves no room in the model's context, or its limit is below 1.
         """
         limits = check_request(prefixes, seeds, sampling, limits)
-        self._check_room(prefixes)
+        check_room(prefixes, self._context)
         completions: list[list[Any]] = [[None] * len(group) for group in seeds]
         sample_batch = self._decode if reads_common_inputs(self.model) else self._delegate
         with _inference(self.model):
             for batch in batches(self._draws(prefixes, seeds, limits), self.batch_size):
                 for draw, ids in sample_batch(batch, sampling):
-                    completion = self._completion(ids)
+                    completion = to_completion(self.tokenizer, draw.prefix, ids, "length", self.eos_token_ids)
                     completions[draw.index][draw.number] = completion
                     if on_completion is not None:
                         on_completion(completion)
         return completions
 
     def describe(self) -> dict[str, Any]:
-        """Kind of engine, fingerprints of model and tokenizer, and precision; see [`Engine`]."""
+        """Kind of engine, fingerprints of model and tokenizer, end tokens, and precision; see [`Engine`]."""
         return {
             "engine": "transformers",
             "model": model_fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            **describe_text(self.tokenizer, self.eos_token_ids),
         }
 
     def take_counts(self) -> dict[str, int]:
         """Nothing happens in this engine that its completions do not tell."""
         return {}
-
-    def _check_room(self, prefixes: Sequence[Sequence[int]]) -> None:
-        for index, ids in enumerate(prefixes):
-            if len(ids) >= self._context:
-                raise PrefixError(
-                    index,
-                    f"has {len(ids)} tokens and leaves no room in the model's context of {self._context}. Leave the "
-                    "problem out, or use a model with a longer context.",
-                )
 
     def _draws(
         self, prefixes: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], limits: Sequence[int]
@@ -216,17 +199,6 @@ class TransformersEngine:
             bos_token_id=self.model.config.get_text_config().bos_token_id,
             **neutral,
         )
-
-    def _completion(self, ids: list[int]) -> Completion:
-        text: Any = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Completion(tuple(ids), text, "stop" if ids[-1] in self.eos_token_ids else "length")
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token and every one the model's generation config declares (chat models often have two)."""
-    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-    declared = [] if declared is None else declared if isinstance(declared, list) else [declared]
-    return sorted({tokenizer.eos_token_id, *declared})
 
 
 @contextlib.contextmanager
