@@ -4,15 +4,18 @@
 
 import functools
 import random
+import threading
+import time
 
 import pytest
 from datasets import Dataset
 
 from conftest import ScriptedEngine, answer_reward, make_tokenizer, shortened
-from dapo_trl import check_dataset, collect_rollouts
+from dapo_trl import check_dataset, collect_rollouts, stages
 from dapo_trl.engines import Completion, SamplingConfig
 from dapo_trl.rollouts import RolloutConfig
 from dapo_trl.stages import sample_stage, value_stage
+from dapo_trl.store import ShardStore
 
 
 class SeededEngine:
@@ -98,6 +101,46 @@ def test_killed_again_and_again(tmp_path, expected):
     done = SeededEngine()
     assert rows(run(tmp_path, done, shard_size=1)) == expected
     assert done.calls == 0
+
+
+class BlockingEngine(SeededEngine):
+    """Two calls at a time: one fails once the other has begun, which waits for `release` and may report then."""
+
+    def __init__(self, reports):
+        super().__init__(num_calls=2)
+        self.reports = reports
+        self.begun, self.release, self.ended = threading.Event(), threading.Event(), threading.Event()
+
+    def generate(self, prefixes, seeds, sampling, on_completion=None):
+        if self.tokenizer.decode(prefixes[0]).startswith("0"):
+            assert self.begun.wait(10)
+            raise RuntimeError("broken")
+        self.begun.set()
+        assert self.release.wait(10)
+        samples = super().generate(prefixes, seeds, sampling)
+        try:
+            if self.reports:
+                on_completion(samples[0][0])
+        finally:
+            self.ended.set()
+        return samples
+
+
+@pytest.mark.parametrize("reports", [True, False])
+def test_an_error_ends_calls_in_other_threads(tmp_path, monkeypatch, reports):
+    """It does not wait for them, and what they give afterwards is not written; they end with their next completion."""
+    monkeypatch.setattr(stages, "_PARTING_SECONDS", 0.05)
+    engine, written = BlockingEngine(reports), []
+    monkeypatch.setattr(ShardStore, "write", lambda store, index, shard: written.append(index))
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="broken"):
+        run(tmp_path, engine)
+    assert time.monotonic() - begin < 5
+    engine.release.set()
+    assert engine.ended.wait(5)
+    time.sleep(0.1)
+    assert not written
+    assert engine.calls == 1
 
 
 def test_finished_shards_are_not_computed_again(tmp_path):

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 
-from dapo_trl.engines import Engine, OnCompletion
+from dapo_trl.engines import Completion, Engine, OnCompletion
 from dapo_trl.judging import RewardFunction, name_of
 from dapo_trl.progress import ShardBar
 from dapo_trl.rollouts import (
@@ -41,6 +41,7 @@ from dapo_trl.tables import problem_features, table_features, with_problem_ids
 
 logger = logging.getLogger(__name__)
 
+_PARTING_SECONDS = 2.0  # that calls in other threads get to notice that it is over
 _SAMPLE_SETTINGS = ("num_solutions", "sampling", "separator", "seed")
 
 
@@ -202,11 +203,21 @@ def run_shards(
     own = [index for index in range(store.num_shards) if index % state.num_processes == state.process_index]
     missing = set(store.missing())
     todo = iter([index for index in own if index in missing])
+    is_over = threading.Event()
+    writing = threading.Lock()
+
+    def add(completion: Completion) -> None:
+        if is_over.is_set():
+            raise _OverError
+        bar.add(completion)
 
     def compute(index: int) -> int:
         start = time.perf_counter()
-        shard = work(index, bar.add)
-        store.write(index, Shard(shard.tables, shard.counts, time.perf_counter() - start))
+        shard = work(index, add)
+        with writing:
+            if is_over.is_set():
+                raise _OverError
+            store.write(index, Shard(shard.tables, shard.counts, time.perf_counter() - start))
         return index
 
     def is_needed(index: int) -> bool:
@@ -216,9 +227,14 @@ def run_shards(
 
     with ShardBar(desc, sum(map(size, own)), sum(size(index) for index in own if index not in missing)) as bar:
         try:
-            for index in _in_flight(compute, takewhile(is_needed, todo), engine.num_calls):
+            for index in _in_flight(compute, takewhile(is_needed, todo), engine.num_calls, is_over):
                 bar.finish(size(index))
-        except Exception:
+        except BaseException as error:
+            is_over.set()
+            if not isinstance(error, Exception):  # an interrupt waits for nobody
+                raise
+            with writing:  # what is being written, nobody writes anything from here on
+                pass
             done = store.num_shards - len(store.missing())
             logger.error(f"{store.folder}: {done} of {store.num_shards} shards are done, and need not be done again.")
             raise
@@ -237,7 +253,13 @@ def process_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
-def _in_flight(compute: Callable[[int], int], todo: Iterator[int], num_calls: int) -> Iterator[int]:
+class _OverError(Exception):
+    """Another shard has failed, or somebody has stopped the program: a call in a thread ends."""
+
+
+def _in_flight(
+    compute: Callable[[int], int], todo: Iterator[int], num_calls: int, is_over: threading.Event
+) -> Iterator[int]:
     """Numbers of shards as they are done, several at a time if the engine takes that."""
     if num_calls == 1:
         yield from map(compute, todo)
@@ -248,9 +270,10 @@ def _in_flight(compute: Callable[[int], int], todo: Iterator[int], num_calls: in
         if not running:
             return
         done, running = wait(running, return_when=FIRST_COMPLETED)
-        if any(future.exception() for future in done):
-            wait(running)  # they may come to their end, and are kept then
-        for future in done:
+        for future in sorted(done, key=lambda future: future.exception() is not None):  # an error comes last
+            if future.exception():
+                is_over.set()
+                wait(running, _PARTING_SECONDS)
             yield future.result()
 
 

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 from urllib.parse import urlsplit
