@@ -85,7 +85,7 @@ def test_transformers_serve_killed(commands, tmp_path, student):
     assert commands.wait(pid) == 1
     text = log.read_text()
     assert f"dapo-trl: Gave up on {student.url} after" in text
-    assert "Check `base_urls`, and that the server runs." in text
+    assert "Check `base_urls` (`server_urls` of a recipe), and that the server runs." in text
     assert "Traceback" not in text
     assert f"{shards(folder) - 3} of 3 shards are done, and need not be done again" in text
     assert done.items() <= done_work(folder).items()

@@ -23,7 +23,7 @@ class ServerArguments:
     timeout: float = 600.0
     max_retries: int = 8
     max_context: int | None = None
-    max_downtime: float = 600.0
+    max_downtime: float | None = None
 
 
 @dataclass
@@ -67,7 +67,7 @@ class RecipeArguments:
         metadata={
             "help": "Arguments of `OpenAIEngine`, as YAML section or JSON: model (its name at the servers, by default "
             "`model_name_or_path`), timeout (600 seconds for an answer), max_retries (8), max_downtime (600 seconds "
-            "for a server to come back), max_context (as the servers declare)."
+            "for a server to come back, 30 for one that never answered), max_context (as the servers declare)."
         },
     )
     generation_batch_size: int = field(default=64, metadata={"help": "Sequences at a time, engine 'transformers'."})
