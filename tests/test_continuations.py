@@ -130,7 +130,7 @@ class IndentingEngine:
         self.tokenizer = sentencepiece_tokenizer()
         self.ids = self.tokenizer("if x:\n  y\n  z\n  1").input_ids
 
-    def generate(self, prefixes, seeds, sampling, on_completion=None):
+    def generate(self, prefixes, seeds, sampling, on_completion=None, limits=None):
         return [[self.complete(prefix) for _ in group] for prefix, group in zip(prefixes, seeds, strict=True)]
 
     def complete(self, prefix):

@@ -111,7 +111,7 @@ class BlockingEngine(SeededEngine):
         self.reports = reports
         self.begun, self.release, self.ended = threading.Event(), threading.Event(), threading.Event()
 
-    def generate(self, prefixes, seeds, sampling, on_completion=None):
+    def generate(self, prefixes, seeds, sampling, on_completion=None, limits=None):
         if self.tokenizer.decode(prefixes[0]).startswith("0"):
             assert self.begun.wait(10)
             raise RuntimeError("broken")
