@@ -2,7 +2,6 @@
 `store.py`: shards are there completely or not at all, and a folder keeps to its configuration.
 """
 
-import json
 import logging
 import os
 
@@ -11,7 +10,7 @@ import pytest
 from datasets import Features, Value
 
 import dapo_trl.store
-from dapo_trl.store import Shard, ShardStore, write_atomically
+from dapo_trl.store import Shard, ShardStore
 
 
 FEATURES = {
@@ -200,11 +199,3 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
             store.rows(1, "numbers")
     (path if "json" in name else path.with_name("00001.json")).unlink()
     assert make_store(tmp_path).missing() == ([] if "manifest" in name else [1])
-
-
-def test_a_file_is_replaced_at_once(tmp_path):
-    path = tmp_path / "file.json"
-    write_atomically(path, "old")
-    write_atomically(path, json.dumps({"new": 1}))
-    assert json.loads(path.read_text()) == {"new": 1}
-    assert [child.name for child in tmp_path.iterdir()] == ["file.json"]

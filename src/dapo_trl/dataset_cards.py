@@ -14,7 +14,8 @@ import huggingface_hub
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from dapo_trl.cards import PAPER
-from dapo_trl.store import read_manifest, read_shard, write_atomically
+from dapo_trl.files import write_atomically
+from dapo_trl.store import read_manifest, read_shard
 
 
 TEMPLATE = str(files("dapo_trl") / "templates" / "dataset_card.md")

@@ -33,6 +33,7 @@ from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
 from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import Estimate, evaluate_policy
+from dapo_trl.files import run_once, temporary_file, wait_for, write_atomically
 from dapo_trl.loading import load_policy
 from dapo_trl.problems import load_problems, refuse_long_prompts
 from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
@@ -40,14 +41,7 @@ from dapo_trl.run_folder import last_checkpoint, made_how, model_path, policy_fo
 from dapo_trl.stages import process_state, rows_fingerprint, sample_stage, value_stage
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_critic_trainer import StepCriticTrainer
-from dapo_trl.store import (
-    ShardStore,
-    read_tables,
-    run_once,
-    temporary_file,
-    wait_for,
-    write_atomically,
-)
+from dapo_trl.store import ShardStore, read_tables
 from dapo_trl.summary import (
     console,
     critic_results,

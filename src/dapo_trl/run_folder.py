@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from dapo_trl.store import read_json, refuse_differences, write_atomically
+from dapo_trl.files import read_json, refuse_differences, write_atomically
 
 
 def policy_folder(source: str) -> str:

@@ -26,6 +26,7 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 
 from dapo_trl.engines import Completion, Engine, OnCompletion
+from dapo_trl.files import wait_for
 from dapo_trl.judging import RewardFunction, name_of
 from dapo_trl.progress import ShardBar
 from dapo_trl.rollouts import (
@@ -35,7 +36,7 @@ from dapo_trl.rollouts import (
     sample_solutions,
     value_solutions,
 )
-from dapo_trl.store import Shard, ShardStore, wait_for
+from dapo_trl.store import Shard, ShardStore
 from dapo_trl.tables import problem_features, table_features, with_problem_ids
 
 

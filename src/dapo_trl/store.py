@@ -12,17 +12,12 @@ Every file appears under its name at once, complete. What a shard holds depends 
 computes it or when, so that several processes can share the work and any of them can be killed.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +26,20 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
 
+from dapo_trl.files import (
+    differences,
+    dump_json,
+    read_json,
+    read_parquet,
+    refuse_differences,
+    temporary_file,
+    versions,
+    write_atomically,
+)
 from dapo_trl.tables import to_dataset
 
 
 logger = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.5
-
-PACKAGES = ("dapo-trl", "datasets", "torch", "transformers", "trl", "vllm", "openai")
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,11 @@ class ShardStore:
         path = self.folder / "manifest.json"
         if not path.exists():
             # Processes that start together write the same.
-            write_atomically(path, _dump({"config": config, "num_shards": self.num_shards, "versions": versions()}))
+            write_atomically(path, dump_json({"config": config, "num_shards": self.num_shards, "versions": versions()}))
         known = self.manifest
         given = config | {"num_shards": self.num_shards}
         refuse_differences(self.folder, known["config"] | {"num_shards": known["num_shards"]}, given)
-        if others := list(_differences(known["versions"], versions())):
+        if others := list(differences(known["versions"], versions())):
             logger.warning(f"{self.folder} was begun with other package versions: {'; '.join(others)}.")
 
     def finish(self, num_used: int | None = None) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class ShardStore:
         begun = self.manifest
         manifest = begun | results
         if manifest != begun:
-            write_atomically(self.folder / "manifest.json", _dump(manifest))
+            write_atomically(self.folder / "manifest.json", dump_json(manifest))
         return manifest
 
     # ---- Shards ----
@@ -217,7 +218,7 @@ class ShardStore:
             "seconds": round(shard.seconds, 3),
             "fingerprint": _hash("".join(fingerprints)),
         }
-        write_atomically(self._shards / f"{_stem(index)}.json", _dump(summary))
+        write_atomically(self._shards / f"{_stem(index)}.json", dump_json(summary))
 
     def table(self, name: str, num_used: int | None = None) -> Dataset:
         """
@@ -284,83 +285,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return read_json(path, "config", cure="Delete it, and go on with the settings of this folder")
 
 
-def run_once(
-    path: str | Path, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]], is_main: bool = True
-) -> dict[str, Any]:
-    """
-    Results of a step that is done at most once: a file says that it is done, with which settings, and what came of it.
-
-    Args:
-        path (`str` or `Path`):
-            The file, made when the step is done.
-        settings (`dict`):
-            Everything that decides the results, as JSON values.
-        compute (`Callable[[], dict]`):
-            Does the step and returns its results, as JSON values.
-        is_main (`bool`, *optional*, defaults to `True`):
-            Whether this process writes the file.
-
-    Returns:
-        `dict`: the results.
-
-    Raises:
-        ValueError: if the step was done with other settings; the message shows what differs.
-    """
-    path, given = Path(path), json.loads(json.dumps(dict(settings)))
-    if path.exists():
-        known = read_json(path, "results", cure="Delete it to do this step again")
-        refuse_differences(path.parent if path.name == "stage.json" else path, known["config"], given)
-        return known["results"]
-    start = time.perf_counter()
-    results = json.loads(json.dumps(compute()))
-    if is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        seconds = round(time.perf_counter() - start, 3)
-        done = {"config": given, "versions": versions(), "seconds": seconds, "results": results}
-        write_atomically(path, _dump(done))
-    wait_for(path.exists)  # written by the main process
-    return results
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """
-    Wait until other processes have done their share; a barrier would time out after minutes.
-
-    Args:
-        condition (`Callable[[], bool]`):
-            Whether they have.
-    """
-    while not condition():
-        time.sleep(_POLL_SECONDS)
-
-
-def read_json(path: Path, key: str, cure: str) -> dict[str, Any]:
-    """
-    Read a file of a run.
-
-    Args:
-        path (`Path`):
-            JSON file with an object.
-        key (`str`):
-            What it must hold at least.
-        cure (`str`):
-            What to do if it is damaged.
-
-    Returns:
-        `dict`.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. {cure}.") from error
-    if not isinstance(values, dict) or key not in values:
-        raise ValueError(f"{path} is damaged: it does not hold {key!r}. {cure}.")
-    return values
-
-
 def read_tables(cures: Mapping[Path, str], cache: Path, features: Features | None = None) -> Dataset:
     """
     Rows of parquet files, memory-mapped.
@@ -384,7 +308,7 @@ def read_tables(cures: Mapping[Path, str], cache: Path, features: Features | Non
         return Dataset.from_parquet([str(path) for path in cures], features=features, cache_dir=str(cache))
     except Exception as error:
         for path, cure in cures.items():
-            _read_rows(path, cure)  # says which file it is
+            read_parquet(path, cure)  # says which file it is
         if not (isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, OSError)):
             raise
         raise OSError(
@@ -407,7 +331,7 @@ def read_shard(path: Path) -> pa.Table:
     Raises:
         ValueError: if the file is missing or damaged.
     """
-    return _read_rows(path, _cure(path))
+    return read_parquet(path, _cure(path))
 
 
 def _cure(table: Path) -> str:
@@ -415,97 +339,8 @@ def _cure(table: Path) -> str:
     return f"Delete {table.with_name(table.name.partition('-')[0])}.json to compute the shard again"
 
 
-def _read_rows(path: Path, cure: str) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged or missing: {error}. {cure}.") from error
-
-
-def refuse_differences(place: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
-    """
-    Refuse to go on with other settings than those that results were made with.
-
-    Args:
-        place (`Path`):
-            Where the results are: what is to be deleted to start anew.
-        stored (`dict`):
-            Settings that they were made with, as JSON values.
-        given (`dict`):
-            Settings now.
-
-    Raises:
-        ValueError: if they differ; the message shows where.
-    """
-    if differences := list(_differences(stored, given)):
-        raise ValueError(
-            f"{place} holds results of another configuration: {'; '.join(differences)}. Go on with the old settings, "
-            "or take another folder, or delete this one to start anew."
-        )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """
-    Write a text file so that it appears completely or not at all, also if the machine loses power.
-
-    Args:
-        path (`Path`):
-            File.
-        text (`str`):
-            What it shall hold.
-    """
-    with temporary_file(path) as temporary:
-        temporary.write_text(text)
-
-
-@contextlib.contextmanager
-def temporary_file(path: Path) -> Iterator[Path]:
-    """
-    A file to be written in place of another, which it becomes at the end; gone if anything fails.
-
-    Args:
-        path (`Path`):
-            File.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """
-    Versions of the packages that decide what a stage computes.
-
-    Returns:
-        `dict[str, str]`: version by name, of those that are installed.
-    """
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
-    """What differs between two trees of JSON values, a clause each."""
-    if isinstance(stored, dict) and isinstance(given, dict):
-        for key in dict.fromkeys([*stored, *given]):
-            yield from _differences(stored.get(key), given.get(key), f"{name}.{key}" if name else key)
-    elif stored != given:
-        yield f"`{name}` was {stored!r}, is now {given!r}"
-
-
 def _stem(index: int) -> str:
     return f"{index:05}"
-
-
-def _dump(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
 
 
 def _hash(content: str | bytes) -> str:
