@@ -171,7 +171,7 @@ def test_damaged_files(tmp_path, run, trained, damaged, cure):
 def test_a_damaged_file_that_is_json(tmp_path, run, trained):
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     (folder / "before.json").write_text("[]")
-    assert "before.json is damaged: it does not hold 'results'" in complaint(run(folder))
+    assert "before.json is damaged: it does not hold 'config', 'results'" in complaint(run(folder))
 
 
 # ---- A full disk ----

@@ -172,7 +172,21 @@ def test_other_tables_are_refused(tmp_path):
     ("name", "content", "message"),
     [
         ("00001.json", '{"rows": {"num', "00001.json is damaged: Unterminated string.* Delete it to compute the shard"),
-        ("00001.json", "[]", "00001.json is damaged: it does not hold 'counts'. Delete it to compute the shard again"),
+        (
+            "00001.json",
+            "[]",
+            "00001.json is damaged: it does not hold 'rows', 'counts', .* Delete it to compute",
+        ),
+        (
+            "00001.json",
+            '{"counts": {}, "seconds": 1}',
+            "00001.json is damaged: it does not hold 'rows', 'fingerprint'",
+        ),
+        (
+            "00001.json",
+            '{"rows": {}, "counts": {}, "seconds": 1, "fingerprint": ""}',
+            "00001.json is damaged: it is not of the tables numbers, names. Delete it to compute the shard again",
+        ),
         (
             "00001-numbers.parquet",
             "PAR1",
@@ -180,6 +194,16 @@ def test_other_tables_are_refused(tmp_path):
         ),
         ("00001-numbers.parquet", None, "00001-numbers.parquet is damaged or missing: .* Delete .*00001.json to"),
         ("../manifest.json", "", "manifest.json is damaged: .* Delete it, and go on with the settings of this folder"),
+        (
+            "../manifest.json",
+            '{"config": {}}',
+            "manifest.json is damaged: it does not hold 'num_shards', 'versions'",
+        ),
+        (
+            "../manifest.json",
+            '{"config": {}, "num_shards": 3, "versions": {}, "counts": {}}',
+            "manifest.json is damaged: it does not hold 'num_shards_used', 'rows', 'seconds', 'fingerprint'. Delete it",
+        ),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,14 @@ def dump_json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def read_json(path: Path, key: str, cure: str) -> dict[str, Any]:
+def read_json(path: Path, keys: Sequence[str], cure: str) -> dict[str, Any]:
     """
     Read a file of a run.
 
     Args:
         path (`Path`):
             JSON file with an object.
-        key (`str`):
+        keys (sequence of `str`):
             What it must hold at least.
         cure (`str`):
             What to do if it is damaged.
@@ -90,9 +90,29 @@ def read_json(path: Path, key: str, cure: str) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. {cure}.") from error
-    if not isinstance(values, dict) or key not in values:
-        raise ValueError(f"{path} is damaged: it does not hold {key!r}. {cure}.")
+    refuse_incomplete(path, values, keys, cure)
     return values
+
+
+def refuse_incomplete(path: Path, values: Any, keys: Sequence[str], cure: str) -> None:
+    """
+    Refuse what was read from a file if something is missing in it.
+
+    Args:
+        path (`Path`):
+            The file.
+        values (JSON value):
+            What it holds.
+        keys (sequence of `str`):
+            What it must hold at least.
+        cure (`str`):
+            What to do otherwise.
+
+    Raises:
+        ValueError: if something is missing.
+    """
+    if missing := [key for key in keys if not isinstance(values, dict) or key not in values]:
+        raise ValueError(f"{path} is damaged: it does not hold {', '.join(map(repr, missing))}. {cure}.")
 
 
 def read_parquet(path: Path, cure: str, **options: Any) -> pa.Table:
@@ -143,7 +163,7 @@ def run_once(
     """
     path, given = Path(path), json.loads(json.dumps(dict(settings)))
     if path.exists():
-        known = read_json(path, "results", cure="Delete it to do this step again")
+        known = read_json(path, ("config", "results"), cure="Delete it to do this step again")
         refuse_differences(path.parent if path.name == "stage.json" else path, known["config"], given)
         return known["results"]
     start = time.perf_counter()

@@ -54,7 +54,7 @@ def made_how(model: str) -> dict[str, Any] | None:
     """
     folder = Path(model)
     stage = (folder.parent if folder.name == "merged" else folder) / "stage.json"
-    return read_json(stage, "config", cure="Delete it to do this step again")["config"] if stage.exists() else None
+    return read_json(stage, ["config"], cure="Delete it to do this step again")["config"] if stage.exists() else None
 
 
 def last_checkpoint(folder: Path, settings: dict[str, Any]) -> str | None:
@@ -77,7 +77,7 @@ def last_checkpoint(folder: Path, settings: dict[str, Any]) -> str | None:
     whole = [path for path in checkpoints if _is_whole(path)]
     begun, settings = folder / "begun.json", json.loads(json.dumps(settings))
     if whole and begun.exists():
-        known = read_json(begun, "config", cure=f"Delete {folder} to train anew")
+        known = read_json(begun, ["config"], cure=f"Delete {folder} to train anew")
         refuse_differences(folder, known["config"], settings)
     if PartialState().is_main_process:
         for path in set(checkpoints) - set(whole):

@@ -32,6 +32,7 @@ from dapo_trl.files import (
     read_json,
     read_parquet,
     refuse_differences,
+    refuse_incomplete,
     temporary_file,
     versions,
     write_atomically,
@@ -40,6 +41,10 @@ from dapo_trl.tables import to_dataset
 
 
 logger = logging.getLogger(__name__)
+
+_BEGUN = ("config", "num_shards", "versions")  # what a manifest says of a stage that has begun
+_FINISHED = ("num_shards_used", "rows", "counts", "seconds", "fingerprint")  # ... and of one that is complete
+_SUMMARY = ("rows", "counts", "seconds", "fingerprint")  # what a shard says of itself
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,11 @@ class ShardStore:
         Returns:
             `dict` with `rows` (by table), `counts`, `seconds` and `fingerprint`.
         """
-        return read_json(self._shards / f"{_stem(index)}.json", "counts", cure="Delete it to compute the shard again")
+        path, cure = self._shards / f"{_stem(index)}.json", "Delete it to compute the shard again"
+        summary = read_json(path, _SUMMARY, cure)
+        if summary["rows"].keys() != self.features.keys():
+            raise ValueError(f"{path} is damaged: it is not of the tables {', '.join(self.features)}. {cure}.")
+        return summary
 
     def write(self, index: int, shard: Shard) -> None:
         """
@@ -282,7 +291,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     if not path.exists():
         raise ValueError(f"{folder} is no folder of a stage: it has no `manifest.json`.")
-    return read_json(path, "config", cure="Delete it, and go on with the settings of this folder")
+    cure = "Delete it, and go on with the settings of this folder"
+    manifest = read_json(path, _BEGUN, cure)
+    if "counts" in manifest:
+        refuse_incomplete(path, manifest, _FINISHED, cure)
+    return manifest
 
 
 def read_tables(cures: Mapping[Path, str], cache: Path, features: Features | None = None) -> Dataset:
