@@ -3,9 +3,14 @@
 """
 
 import functools
+import json
+import queue
 import random
+import shutil
 import threading
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -167,6 +172,96 @@ def test_dynamic_sampling(tmp_path):
         assert values.manifest["counts"]["problems_kept"] == 3
         kept[shard_size] = values.table("states").to_list()
     assert kept[1] == kept[2] == kept[5]
+
+
+def within(seconds, function):
+    """What a function returns or raises; fails if it takes longer."""
+    outcome = queue.Queue()
+
+    def call():
+        try:
+            outcome.put((function(), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        pytest.fail(f"it did not end within {seconds} seconds")
+    if error is not None:
+        raise error
+    return result
+
+
+def test_a_shard_that_fails_while_others_wait_for_it(tmp_path):
+    """With dynamic sampling later shards wait until it is known whether they are needed; the error ends the stage."""
+    with pytest.raises(RuntimeError, match="killed"):
+        within(20, lambda: run(tmp_path, SeededEngine(num_calls=2, fails_at=1), 1, num_problems=8))
+
+
+def test_fewer_processes_go_on(tmp_path, monkeypatch):
+    """
+    Eight processes of a dynamic sampling left shards beyond the needed ones, with gaps that nobody will fill. Two go
+    on: they end, with the rows of one process.
+    """
+    expected, _ = run(tmp_path / "expected", SeededEngine(), 1, num_problems=2)
+    num_needed = expected.manifest["num_shards_used"]
+    assert 2 <= num_needed <= 4
+    everything = sample_stage(PROBLEMS, SeededEngine(), answer_reward, CONFIG, tmp_path / "everything", 1)
+    folder = tmp_path / "run" / "sampled"
+    shutil.copytree(everything.folder, folder)
+    begun = {name: expected.manifest[name] for name in ("config", "num_shards", "versions")}
+    (folder / "manifest.json").write_text(json.dumps(begun))
+    for index in (0, num_needed + 1, 8, 9):
+        (folder / "shards" / f"{index:05}.json").unlink()
+    rank = threading.local()
+    monkeypatch.setattr(stages, "process_state", lambda: rank.state)
+
+    def work(index):
+        rank.state = SimpleNamespace(num_processes=2, process_index=index)
+        engine = SeededEngine()
+        store = sample_stage(PROBLEMS, engine, answer_reward, CONFIG, folder, 1, 2)
+        return store.table("sampled").to_list(), engine.calls
+
+    second = []
+    thread = threading.Thread(target=lambda: second.append(work(1)), daemon=True)
+    thread.start()
+    rows, calls = within(20, lambda: work(0))
+    thread.join(20)
+    assert rows == expected.table("sampled").to_list()
+    assert second == [(rows, 0)]
+    assert calls == 1
+
+
+def test_summaries_are_read_once(tmp_path, monkeypatch):
+    """However many shards there are, and however often it is asked what is needed."""
+    read = Counter()
+    summary = ShardStore.summary
+
+    def count(store, index):
+        read[index] += 1
+        return summary(store, index)
+
+    monkeypatch.setattr(ShardStore, "summary", count)
+    sample_stage(PROBLEMS, SeededEngine(), answer_reward, CONFIG, tmp_path, 1, 11)
+    assert set(read.values()) == {2}  # while it runs, and to add them up
+
+
+def test_time_of_shards_in_flight(tmp_path):
+    """Five shards at a time that sleep 0.2 seconds each: the time of the stage is not their sum."""
+
+    class Slow(SeededEngine):
+        def generate(self, *args, **kwargs):
+            time.sleep(0.2)
+            return super().generate(*args, **kwargs)
+
+    begin = time.perf_counter()
+    sampled = sample_stage(PROBLEMS, Slow(num_calls=5), answer_reward, CONFIG, tmp_path, 2)
+    passed = time.perf_counter() - begin
+    each = [sampled.summary(index)["seconds"] for index in range(5)]
+    assert min(each) >= 0.2
+    assert max(each) <= sampled.manifest["seconds"] <= passed < sum(each)
 
 
 def test_too_few_problems_with_signal(tmp_path, caplog):

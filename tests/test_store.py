@@ -4,8 +4,10 @@
 
 import logging
 import os
+import threading
 
 import datasets.arrow_writer
+import pyarrow.parquet as pq
 import pytest
 from datasets import Features, Value
 
@@ -27,7 +29,10 @@ def make_store(folder, config=None, num_shards=3):
 def shard(index):
     names = [{"name": str(index), "note": None}] if index else []
     return Shard(
-        {"numbers": [{"number": index}, {"number": -index}], "names": names}, {"drawn": 2, "odd": index % 2}, 1.5
+        {"numbers": [{"number": index}, {"number": -index}], "names": names},
+        {"drawn": 2, "odd": index % 2},
+        begun=1e9 + 10 * index,
+        seconds=1.5,
     )
 
 
@@ -47,6 +52,22 @@ def test_rows_come_back_in_order(tmp_path):
     assert store.table("names", num_used=1).column_names == ["name", "note"]
 
 
+@pytest.mark.parametrize(
+    ("spans", "seconds"),
+    [
+        ([(0, 2), (2, 3)], 5),  # one after the other
+        ([(0, 4), (1, 4), (2, 1)], 5),  # at a time: by 5 the first two are done, the last one lies within them
+        ([(100, 1), (0, 2)], 3),  # the run was interrupted for 98 seconds, and went on with the earlier shard's end
+    ],
+)
+def test_time_that_passed(tmp_path, spans, seconds):
+    """Shards may be under way at the same time, and nothing may be for days; shards that do not count do not."""
+    store = make_store(tmp_path, num_shards=len(spans) + 1)
+    for index, (begun, length) in enumerate([*spans, (1000, 7)]):
+        store.write(index, Shard({"numbers": [], "names": []}, begun=1e9 + begun, seconds=length))
+    assert store.finish(num_used=len(spans))["seconds"] == seconds
+
+
 def test_a_new_process_goes_on(tmp_path):
     make_store(tmp_path).write(1, shard(1))
     store = make_store(tmp_path)
@@ -57,7 +78,8 @@ def test_a_new_process_goes_on(tmp_path):
     for index in store.missing():
         store.write(index, shard(index))
     store.finish()
-    assert make_store(tmp_path).is_complete
+    assert not store.was_complete
+    assert make_store(tmp_path).was_complete
 
 
 def test_fingerprints_say_what_the_rows_are(tmp_path):
@@ -121,12 +143,46 @@ def test_a_full_disk_leaves_no_half_copy(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    """Of this shard; what others left is cleared away with theirs."""
     store = make_store(tmp_path)
-    left = [tmp_path / "shards" / name for name in (".00001-numbers.parquet.7.7.tmp", ".00000-numbers.parquet.8.8.tmp")]
-    for path in left:
-        path.write_bytes(b"half")
+    names = {
+        ".00001-numbers.parquet.7.7.tmp": False,
+        ".00001.json.7.7.tmp": False,
+        ".00000-numbers.parquet.8.8.tmp": True,
+        ".000012-numbers.parquet.9.9.tmp": True,  # shard 12 of a hundred thousand and more begins alike
+    }
+    for name in names:
+        (tmp_path / "shards" / name).write_bytes(b"half")
     store.write(1, shard(1))
-    assert [path.exists() for path in left] == [False, True]  # the other shard may be somebody else's, at this moment
+    assert {name: (tmp_path / "shards" / name).exists() for name in names} == names
+
+
+def test_two_writers_of_the_same_shard(tmp_path, monkeypatch):
+    """A second one, that writes it all while the first is in the middle of a table, does not disturb it."""
+    store, other = make_store(tmp_path), make_store(tmp_path)
+    write_table = pq.write_table
+
+    def write_twice(table, path, **kwargs):
+        write_table(table, path, **kwargs)
+        monkeypatch.setattr(pq, "write_table", write_table)
+        thread = threading.Thread(target=other.write, args=(1, shard(1)))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(pq, "write_table", write_twice)
+    store.write(1, shard(1))
+    assert store.rows(1, "numbers") == [{"number": 1}, {"number": -1}]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["run [1]", "run*", "what?", "{a,b}", "a**", ".hidden", "100%"])
+def test_folders_of_any_name(tmp_path, name):
+    """They are no patterns."""
+    store = make_store(tmp_path / name)
+    for index in range(3):
+        store.write(index, shard(index))
+    store.finish()
+    assert store.table("numbers")["number"][:] == [0, 0, 1, -1, 2, -2]
 
 
 def test_tables_without_summary_do_not_count(tmp_path):
@@ -179,12 +235,12 @@ def test_other_tables_are_refused(tmp_path):
         ),
         (
             "00001.json",
-            '{"counts": {}, "seconds": 1}',
+            '{"counts": {}, "begun": 0, "seconds": 1}',
             "00001.json is damaged: it does not hold 'rows', 'fingerprint'",
         ),
         (
             "00001.json",
-            '{"rows": {}, "counts": {}, "seconds": 1, "fingerprint": ""}',
+            '{"rows": {}, "counts": {}, "begun": 0, "seconds": 1, "fingerprint": ""}',
             "00001.json is damaged: it is not of the tables numbers, names. Delete it to compute the shard again",
         ),
         (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo_trl._version import __version__
+from dapo_trl.interrupts import noted_interrupts
 from dapo_trl.settings import did_you_mean, read_settings
 
 
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"There is no command {command!r}{did_you_mean(command, COMMANDS)}")
-        _run(command, rest)
+        with noted_interrupts():
+            _run(command, rest)
     except UsageError as error:
         print(f"dapo-trl: {error}", file=sys.stderr)
         return 2

@@ -3,22 +3,32 @@ Files that a run leaves: written at once and complete, read with a cure for dama
 """
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dapo_trl.interrupts import raise_if_interrupted
+
 
 PACKAGES = ("dapo-trl", "datasets", "torch", "transformers", "trl", "vllm", "openai")
 
-_POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5
+
+_SECONDS_BETWEEN_MESSAGES = 60.0
+
+logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -45,13 +55,81 @@ def temporary_file(path: Path) -> Iterator[Path]:
             File.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
+    with _open_locked(temporary) as file:
+        try:
+            yield temporary
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def clear_temporary_files(folder: Path, pattern: str) -> None:
+    """
+    Remove what killed processes left of files. Those of living ones, which hold a lock on them, are left alone.
+
+    Args:
+        folder (`Path`):
+            Where they are.
+        pattern (`str`):
+            Names of the files that were to be written.
+    """
+    for left in folder.glob(f".{pattern}.tmp"):
+        with contextlib.suppress(FileNotFoundError), left.open("r+b") as file:
+            if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                left.unlink(missing_ok=True)
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """A new file, locked as long as it is open and its process lives."""
+    while True:
+        file = path.open("wb")
+        _lock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return file
+        file.close()  # cleared away before it was locked
+
+
+def _lock(file: BinaryIO, operation: int) -> bool:
+    """Whether a file could be locked: nobody else has, and the file system knows of locks."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """
+    See to it that one command at a time works in a folder. The operating system gives the folder free when the process
+    ends, however it ends.
+
+    Several processes of one command share its work: the main process enters, the others do not. On network file systems
+    without locks there is a warning, and nobody is refused.
+
+    Args:
+        folder (`Path`):
+            Folder.
+
+    Raises:
+        ValueError: if another command works there; the message has its process and machine.
+    """
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike those of `flock`, no child process inherits it
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise ValueError(
+                f"Another command works in {folder} already: {file.read() or 'it has just begun'}. Wait for it, or end "
+                "it, or take another `output_dir`."
+            ) from error
+        except OSError as error:
+            logger.warning(f"{folder} cannot be locked: {error}. See to it that no other command works there.")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def dump_json(values: dict[str, Any]) -> str:
@@ -166,6 +244,7 @@ def run_once(
         known = read_json(path, ("config", "results"), cure="Delete it to do this step again")
         refuse_differences(path.parent if path.name == "stage.json" else path, known["config"], given)
         return known["results"]
+    raise_if_interrupted()
     start = time.perf_counter()
     results = json.loads(json.dumps(compute()))
     if is_main:
@@ -173,8 +252,27 @@ def run_once(
         seconds = round(time.perf_counter() - start, 3)
         done = {"config": given, "versions": versions(), "seconds": seconds, "results": results}
         write_atomically(path, dump_json(done))
-    wait_for(path.exists)  # written by the main process
+    raise_if_interrupted()
+    wait_for(path.exists, lambda: str(path))  # written by the main process
     return results
+
+
+def numbered_folders(folder: Path, name: str) -> list[tuple[int, Path]]:
+    """
+    Folders `name-1`, `name-2`, ... in a folder, in the order of their numbers. Others, such as `name-2.bak`, are no
+    business of a run.
+
+    Args:
+        folder (`Path`):
+            Where they are.
+        name (`str`):
+            What stands before the number.
+
+    Returns:
+        `list[tuple[int, Path]]`: number and folder.
+    """
+    found = [(re.fullmatch(rf"{re.escape(name)}-([0-9]+)", path.name), path) for path in folder.glob(f"{name}-*")]
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
 def refuse_differences(place: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
@@ -199,16 +297,26 @@ def refuse_differences(place: Path, stored: dict[str, Any], given: dict[str, Any
         )
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool], what: Callable[[], str]) -> None:
     """
     Wait until other processes have done their share; a barrier would time out after minutes.
 
+    It waits as long as it takes, and says once a minute what for. If another process has failed, its launcher ends this
+    one too; without a launcher nobody does.
+
     Args:
         condition (`Callable[[], bool]`):
-            Whether they have.
+            Whether they have. What it raises is raised.
+        what (`Callable[[], str]`):
+            Says what is waited for.
     """
+    told = time.monotonic()
     while not condition():
-        time.sleep(_POLL_SECONDS)
+        if time.monotonic() - told >= _SECONDS_BETWEEN_MESSAGES:
+            told = time.monotonic()
+            logger.warning(f"Still waiting for {what()}, which is another process's work.")
+        raise_if_interrupted()
+        time.sleep(POLL_SECONDS)
 
 
 def versions() -> dict[str, str]:

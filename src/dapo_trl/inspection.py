@@ -15,6 +15,8 @@ from rich.style import Style
 from rich.text import Text
 from rich.tree import Tree
 
+from dapo_trl.files import numbered_folders
+
 
 _COLORS = ((215, 48, 39), (190, 150, 0), (26, 152, 80))  # of the values 0, 1/2 and 1
 _LONGEST_STEP = 100
@@ -121,12 +123,11 @@ def _find(folder: Path) -> _Source:
         raise ValueError(f"There is no folder {str(folder)!r}. Name the `output_dir` of a run.")
     if folder.is_file():
         return _of_file(folder)
-    iterations = sorted(folder.glob("iteration-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    valued = [path for path in iterations if _shards(path / "values", "states")]
+    iterations = numbered_folders(folder, "iteration")
+    valued = [(number, path) for number, path in iterations if _shards(path / "values", "states")]
     if valued:
-        return _of_run(
-            valued[-1], f"{folder.name}, iteration {valued[-1].name.rpartition('-')[2]} of {len(iterations)}"
-        )
+        number, path = valued[-1]
+        return _of_run(path, f"{folder.name}, iteration {number} of {len(iterations)}")
     if _shards(folder / "values", "states"):
         return _of_run(folder, folder.resolve().name)
     if _shards(folder, "states"):

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import sys
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict
 from huggingface_hub import whoami
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dapo_trl.advantages import add_advantages
@@ -33,7 +34,8 @@ from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
 from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import Estimate, evaluate_policy
-from dapo_trl.files import run_once, temporary_file, wait_for, write_atomically
+from dapo_trl.files import only_one, run_once, temporary_file, wait_for, write_atomically
+from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.loading import load_policy
 from dapo_trl.problems import load_problems, refuse_long_prompts
 from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
@@ -106,8 +108,8 @@ class Recipe:
             `results.json` in the run's folder.
 
         Raises:
-            ValueError: if an argument or a row is bad, the folder holds results of other settings, or no problem
-                carries signal.
+            ValueError: if an argument or a row is bad, the folder holds results of other settings, another command
+                works in it, or no problem carries signal.
         """
         if self.arguments.push_to_hub and self._state.is_main_process:
             self.namespace = whoami()["name"]  # nobody shall find out after hours that they are not logged in
@@ -115,6 +117,10 @@ class Recipe:
         num_processes = self._state.num_processes
         print_title(sizes if num_processes == 1 else f"{sizes}; {num_processes} processes")
         refuse_closed_folder(self.folder)
+        with only_one(self.folder) if self._state.is_main_process else nullcontext():
+            return self._run(until)
+
+    def _run(self, until: str) -> dict[str, Any]:
         generator = self.model
         if until == "train":
             self.results["before"] = self.evaluate("before training", generator, self.folder / "before.json")
@@ -266,11 +272,18 @@ class Recipe:
         refuse_closed_folder(path.parent)
         print_title(f"Accuracy, {title}")
         if not self._state.is_main_process:  # one process samples
-            wait_for(path.exists)
+            wait_for(path.exists, lambda: str(path))
         results = run_once(path, settings, compute)
         free_memory()
         print_evaluation(results)
         return results
+
+
+class _RaiseIfInterrupted(TrainerCallback):
+    """Ctrl-C ends a training at the next step, also if somebody swallowed the exception."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        raise_if_interrupted()
 
 
 class _Iteration:
@@ -385,6 +398,7 @@ class _Iteration:
                 processing_class=self.recipe.tokenizer,
                 quantization_config=get_quantization_config(self.recipe.model_config),
                 peft_config=get_peft_config(self.recipe.model_config),
+                callbacks=[_RaiseIfInterrupted()],
             )
             trainer.train(resume_from_checkpoint=last_checkpoint(folder, settings))
             metrics = trainer.evaluate()
@@ -445,6 +459,7 @@ class _Iteration:
                 processing_class=self.recipe.tokenizer,
                 quantization_config=get_quantization_config(self.recipe.model_config),
                 peft_config=get_peft_config(self.recipe.model_config),
+                callbacks=[_RaiseIfInterrupted()],
             )
             trainer.train(resume_from_checkpoint=last_checkpoint(folder, settings))
             self._save(trainer)

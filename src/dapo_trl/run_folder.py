@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from dapo_trl.files import read_json, refuse_differences, write_atomically
+from dapo_trl.files import numbered_folders, read_json, refuse_differences, write_atomically
 
 
 def policy_folder(source: str) -> str:
@@ -73,7 +73,7 @@ def last_checkpoint(folder: Path, settings: dict[str, Any]) -> str | None:
     Raises:
         ValueError: if the checkpoints are of other settings.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    checkpoints = [path for _, path in numbered_folders(folder, "checkpoint")]
     whole = [path for path in checkpoints if _is_whole(path)]
     begun, settings = folder / "begun.json", json.loads(json.dumps(settings))
     if whole and begun.exists():
@@ -106,7 +106,12 @@ def refuse_closed_folder(folder: Path) -> None:
 
     Raises:
         OSError: if it cannot.
+        ValueError: if no data set can be read from a folder of this name.
     """
+    if "::" in str(folder):
+        raise ValueError(
+            f"`output_dir` {str(folder)!r} has '::', which `datasets` takes for an archive. Choose another."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -13,10 +13,10 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict
-from itertools import islice, takewhile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 
 from dapo_trl.engines import Completion, Engine, OnCompletion
-from dapo_trl.files import wait_for
+from dapo_trl.files import POLL_SECONDS, wait_for
+from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.judging import RewardFunction, name_of
 from dapo_trl.progress import ShardBar
 from dapo_trl.rollouts import (
@@ -104,8 +105,7 @@ def sample_stage(
     def size(index: int) -> int:
         return min(shard_size, len(problems) - index * shard_size)
 
-    run_shards(store, work, "Solutions", engine, size, num_problems)
-    manifest = store.finish(_num_needed(store, num_problems))
+    manifest = store.finish(run_shards(store, work, "Solutions", engine, size, num_problems))
     found = manifest["counts"]["problems_with_signal"]
     if num_problems is not None and found < num_problems:
         logger.warning(
@@ -182,7 +182,7 @@ def run_shards(
     engine: Engine,
     size: Callable[[int], int],
     num_problems: int | None = None,
-) -> None:
+) -> int:
     """
     Compute the missing shards of a stage, this process its share, and wait for the others.
 
@@ -199,11 +199,20 @@ def run_shards(
             Problems of the shard of a number, for the progress bar.
         num_problems (`int`, *optional*):
             Problems with signal after which no more shards are needed. `None` for all shards.
+
+    Returns:
+        `int`: shards that are needed, from the first. All of these are there; it waits for the other processes of the
+        same command as long as they take, see [`~dapo_trl.files.wait_for`].
+
+    Raises:
+        Exception: what `work` raises; the calls under way in threads end, and nothing of theirs is written.
+        ValueError: if a shard that is there is damaged.
+        OSError: if the disk is full or the folder cannot be written to.
     """
     state = process_state()
     own = [index for index in range(store.num_shards) if index % state.num_processes == state.process_index]
     missing = set(store.missing())
-    todo = iter([index for index in own if index in missing])
+    front = _Front(store, num_problems)
     is_over = threading.Event()
     writing = threading.Lock()
 
@@ -213,22 +222,27 @@ def run_shards(
         bar.add(completion)
 
     def compute(index: int) -> int:
-        start = time.perf_counter()
+        begun, start = time.time(), time.perf_counter()
         shard = work(index, add)
         with writing:
             if is_over.is_set():
                 raise _OverError
-            store.write(index, Shard(shard.tables, shard.counts, time.perf_counter() - start))
+            store.write(index, replace(shard, begun=begun, seconds=time.perf_counter() - start))
         return index
 
-    def is_needed(index: int) -> bool:
-        if num_problems is not None:  # do not run ahead of the shards that say how many are needed
-            wait_for(lambda: min(store.missing(), default=index) > index - state.num_processes * engine.num_calls)
-        return index < _num_needed(store, num_problems)
+    def is_due(index: int) -> bool | None:
+        if num_problems is None:
+            return True
+        front.move()
+        if index >= front.num_needed:
+            return False
+        # not yet: do not run ahead of the shards that say how many are needed
+        return True if front.num_done > index - state.num_processes * engine.num_calls else None
 
+    todo = [index for index in own if index in missing]
     with ShardBar(desc, sum(map(size, own)), sum(size(index) for index in own if index not in missing)) as bar:
         try:
-            for index in _in_flight(compute, takewhile(is_needed, todo), engine.num_calls, is_over):
+            for index in _in_flight(compute, todo, is_due, engine.num_calls, front.describe, is_over):
                 bar.finish(size(index))
         except BaseException as error:
             is_over.set()
@@ -239,7 +253,45 @@ def run_shards(
             done = store.num_shards - len(store.missing())
             logger.error(f"{store.folder}: {done} of {store.num_shards} shards are done, and need not be done again.")
             raise
-    wait_for(lambda: min(store.missing(), default=store.num_shards) >= _num_needed(store, num_problems))
+    wait_for(front.is_complete, front.describe)
+    return front.num_needed
+
+
+class _Front:
+    """
+    How far a stage is: shards that are there without a gap, and those that are needed, as far as these can tell.
+
+    Args:
+        store ([`~dapo_trl.store.ShardStore`]):
+            The shards.
+        num_problems (`int`, *optional*):
+            Problems with signal after which no more shards are needed.
+    """
+
+    def __init__(self, store: ShardStore, num_problems: int | None) -> None:
+        self.num_done = 0
+        self.num_needed = store.num_shards  # as long as nobody knows
+        self._store = store
+        self._num_problems = num_problems
+        self._found = 0
+
+    def move(self) -> None:
+        """Read what the shards that are there now say."""
+        while self.num_done < self.num_needed and self._store.has(self.num_done):
+            if self._num_problems is not None:
+                self._found += self._store.summary(self.num_done)["counts"]["problems_with_signal"]
+                if self._found >= self._num_problems:
+                    self.num_needed = self.num_done + 1
+            self.num_done += 1
+
+    def is_complete(self) -> bool:
+        """Whether all shards that are needed are there."""
+        self.move()
+        return self.num_done >= self.num_needed
+
+    def describe(self) -> str:
+        """What comes next."""
+        return f"shard {self.num_done} of {self._store.folder}"
 
 
 def process_state() -> PartialState:
@@ -259,23 +311,51 @@ class _OverError(Exception):
 
 
 def _in_flight(
-    compute: Callable[[int], int], todo: Iterator[int], num_calls: int, is_over: threading.Event
+    compute: Callable[[int], int],
+    todo: Iterable[int],
+    is_due: Callable[[int], bool | None],
+    num_calls: int,
+    what: Callable[[], str],
+    is_over: threading.Event,
 ) -> Iterator[int]:
-    """Numbers of shards as they are done, several at a time if the engine takes that."""
-    if num_calls == 1:
-        yield from map(compute, todo)
-        return
+    """
+    Numbers of shards as they are done, several at a time if the engine takes that.
+
+    Args:
+        compute (`Callable[[int], int]`):
+            Computes the shard of a number, and returns the number.
+        todo (iterable of `int`):
+            Numbers, in order.
+        is_due (`Callable[[int], bool | None]`):
+            Whether to begin with the next one; `None` for not yet, `False` for neither this one nor those after it.
+        num_calls (`int`):
+            How many at a time.
+        what (`Callable[[], str]`):
+            Says what is waited for while none is due.
+        is_over (`threading.Event`):
+            Set when a call has failed, for the others to end.
+    """
+    waiting = deque(todo)
     running: set[Future[int]] = set()
-    while True:
-        running |= {_in_thread(compute, index) for index in islice(todo, num_calls - len(running))}
-        if not running:
-            return
-        done, running = wait(running, return_when=FIRST_COMPLETED)
-        for future in sorted(done, key=lambda future: future.exception() is not None):  # an error comes last
-            if future.exception():
-                is_over.set()
-                wait(running, _PARTING_SECONDS)
-            yield future.result()
+    while waiting or running:
+        raise_if_interrupted()
+        due = is_due(waiting[0]) if waiting and len(running) < num_calls else None
+        if due is False:
+            waiting.clear()
+        elif due and num_calls == 1:
+            yield compute(waiting.popleft())
+        elif due:
+            running.add(_in_thread(compute, waiting.popleft()))
+        elif not running:
+            wait_for(lambda: is_due(waiting[0]) is not None, what)
+        else:  # one that waits may be due soon
+            timeout = POLL_SECONDS if waiting and len(running) < num_calls else None
+            done, running = wait(running, timeout, FIRST_COMPLETED)
+            for future in sorted(done, key=lambda future: future.exception() is not None):  # an error comes last
+                if future.exception():
+                    is_over.set()
+                    wait(running, _PARTING_SECONDS)
+                yield future.result()
 
 
 def _in_thread(compute: Callable[[int], int], index: int) -> "Future[int]":
@@ -290,20 +370,6 @@ def _in_thread(compute: Callable[[int], int], index: int) -> "Future[int]":
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def _num_needed(store: ShardStore, num_problems: int | None) -> int:
-    """
-    Shards, from the first, that hold so many problems with signal; all of them as long as nobody knows.
-    """
-    if num_problems is None:
-        return store.num_shards
-    found = 0
-    for index in range(min(store.missing(), default=store.num_shards)):
-        found += store.summary(index)["counts"]["problems_with_signal"]
-        if found >= num_problems:
-            return index + 1
-    return store.num_shards
 
 
 def _first_with_signal(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:

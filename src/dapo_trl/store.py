@@ -4,7 +4,8 @@ The rows of a stage on disk, in shards: a run that is killed goes on where it wa
 A stage's folder holds
 
 - `manifest.json`: what the stage was asked to do (configuration and fingerprint of its input), with which package
-  versions, and, once it is complete, what came of it: rows, counts of everything left out, tokens, seconds;
+  versions, and, once it is complete, what came of it: rows, counts of everything left out, tokens, and the seconds of
+  wall-clock time in which shards were under way, however many at a time;
 - `shards/00000.json`, ...: the same numbers of one shard. A shard is complete if and only if this file is there;
 - `shards/00000-<table>.parquet`, ...: its rows, in one or several tables.
 
@@ -12,9 +13,11 @@ Every file appears under its name at once, complete. What a shard holds depends 
 computes it or when, so that several processes can share the work and any of them can be killed.
 """
 
+import glob
 import hashlib
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +30,7 @@ from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
 
 from dapo_trl.files import (
+    clear_temporary_files,
     differences,
     dump_json,
     read_json,
@@ -44,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _BEGUN = ("config", "num_shards", "versions")  # what a manifest says of a stage that has begun
 _FINISHED = ("num_shards_used", "rows", "counts", "seconds", "fingerprint")  # ... and of one that is complete
-_SUMMARY = ("rows", "counts", "seconds", "fingerprint")  # what a shard says of itself
+_SUMMARY = ("rows", "counts", "begun", "seconds", "fingerprint")  # what a shard says of itself
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,15 @@ class Shard:
             Rows of each table of the stage.
         counts (`dict[str, int]`):
             What was done, and everything that was left out, by name.
+        begun (`float`):
+            When it was begun, in seconds since 1970.
         seconds (`float`):
             Wall-clock time that it took.
     """
 
     tables: dict[str, list[dict[str, Any]]]
     counts: dict[str, int] = field(default_factory=dict)
+    begun: float = 0.0
     seconds: float = 0.0
 
 
@@ -80,6 +87,10 @@ class ShardStore:
             Columns of each table.
         num_shards (`int`):
             Number of shards.
+
+    Attributes:
+        was_complete (`bool`):
+            Whether the stage was finished before.
 
     Raises:
         ValueError: if the folder holds shards of another configuration; the message shows what differs.
@@ -113,6 +124,7 @@ class ShardStore:
         self._shards = self.folder / "shards"
         self._shards.mkdir(parents=True, exist_ok=True)
         self._claim(json.loads(json.dumps(dict(config))))
+        self.was_complete = self.is_complete
 
     # ---- Manifest ----
 
@@ -164,7 +176,7 @@ class ShardStore:
             "num_shards_used": num_used,
             "rows": dict(rows),
             "counts": dict(counts),
-            "seconds": round(sum(summary["seconds"] for summary in summaries), 3),
+            "seconds": round(_time_covered([(summary["begun"], summary["seconds"]) for summary in summaries]), 3),
             "fingerprint": _hash("".join(summary["fingerprint"] for summary in summaries)),
         }
         begun = self.manifest
@@ -174,6 +186,10 @@ class ShardStore:
         return manifest
 
     # ---- Shards ----
+
+    def has(self, index: int) -> bool:
+        """Whether the shard of a number is complete."""
+        return (self._shards / f"{_stem(index)}.json").exists()
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not complete, in order."""
@@ -189,7 +205,7 @@ class ShardStore:
                 Number of the shard.
 
         Returns:
-            `dict` with `rows` (by table), `counts`, `seconds` and `fingerprint`.
+            `dict` with `rows` (by table), `counts`, `begun`, `seconds` and `fingerprint`.
         """
         path, cure = self._shards / f"{_stem(index)}.json", "Delete it to compute the shard again"
         summary = read_json(path, _SUMMARY, cure)
@@ -213,8 +229,7 @@ class ShardStore:
         """
         if shard.tables.keys() != self.features.keys():
             raise ValueError(f"Shard {index} has tables {list(shard.tables)}, expected {list(self.features)}.")
-        for left in self._shards.glob(f".{_stem(index)}*.tmp"):  # by a process that was killed: one works on a shard
-            left.unlink()
+        clear_temporary_files(self._shards, f"{_stem(index)}[-.]*")
         fingerprints = []
         for name, rows in shard.tables.items():
             table = to_dataset(rows, self.features[name]).data.table
@@ -224,6 +239,7 @@ class ShardStore:
         summary = {
             "rows": {name: len(rows) for name, rows in shard.tables.items()},
             "counts": dict(shard.counts),
+            "begun": round(shard.begun, 3),
             "seconds": round(shard.seconds, 3),
             "fingerprint": _hash("".join(fingerprints)),
         }
@@ -318,7 +334,8 @@ def read_tables(cures: Mapping[Path, str], cache: Path, features: Features | Non
         OSError: if the memory map, which takes several times the files' size, finds no room.
     """
     try:
-        return Dataset.from_parquet([str(path) for path in cures], features=features, cache_dir=str(cache))
+        files = [glob.escape(str(path)) for path in cures]  # it takes names as patterns
+        return Dataset.from_parquet(files, features=features, cache_dir=str(cache))
     except Exception as error:
         for path, cure in cures.items():
             read_parquet(path, cure)  # says which file it is
@@ -354,6 +371,15 @@ def _cure(table: Path) -> str:
 
 def _stem(index: int) -> str:
     return f"{index:05}"
+
+
+def _time_covered(spans: list[tuple[float, float]]) -> float:
+    """Time that is covered by at least one of some spans of (begin, length)."""
+    covered, last = 0.0, -math.inf
+    for begin, length in sorted(spans):
+        covered += max(begin + length - max(begin, last), 0.0)
+        last = max(last, begin + length)
+    return covered
 
 
 def _hash(content: str | bytes) -> str:
