@@ -122,6 +122,36 @@ def test_narrow_terminal(tmp_path):
     assert tree[-1].endswith("…")
 
 
+def test_folders_that_are_no_iterations(tmp_path):
+    """A copy that somebody put aside is not looked at."""
+    for name in ("iteration-1", "iteration-2.bak", "iteration-old"):
+        write(tmp_path / name, states=STATES if name == "iteration-1" else [])
+    assert "iteration 1 of 1" in shown(tmp_path).splitlines()[0]
+
+
+@pytest.mark.parametrize("content", ["PAR1", ""])
+@pytest.mark.parametrize("table", ["states", "solutions"])
+def test_a_damaged_shard(tmp_path, table, content):
+    """It is named, with the cure."""
+    folder = write(tmp_path)
+    (folder / "values" / "shards" / f"00000-{table}.parquet").write_text(content)
+    with pytest.raises(
+        ValueError, match=rf"00000-{table}.parquet is damaged or missing: .* Delete .*/00000.json to comp"
+    ):
+        shown(folder)
+
+
+def test_damaged_values_of_the_critic(tmp_path):
+    folder = write(tmp_path)
+    (folder / "data").mkdir()
+    for name, content in (("states_critic.parquet", "PAR1"), ("scored.json", "{}")):
+        (folder / "data" / name).write_text(content)
+    with pytest.raises(
+        ValueError, match=r"states_critic.parquet is damaged or missing: .* Delete .*scored.json to score"
+    ):
+        shown(folder)
+
+
 @pytest.mark.parametrize("place", ["", "values"])
 def test_a_stage(values, place):
     """Each candidate is shown with its counts; the first problem is shown by default."""

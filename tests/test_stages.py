@@ -195,9 +195,21 @@ def within(seconds, function):
 
 
 def test_a_shard_that_fails_while_others_wait_for_it(tmp_path):
-    """With dynamic sampling later shards wait until it is known whether they are needed; the error ends the stage."""
+    """
+    With dynamic sampling the third shard waits until the first one says whether it is needed. That one fails after the
+    second one is done: the error ends the stage, and the second one is kept.
+    """
+
+    class Failing(SeededEngine):
+        def generate(self, prefixes, *args, **kwargs):
+            if self.tokenizer.decode(prefixes[0]) == "0\n":
+                time.sleep(1)
+                raise RuntimeError("killed")
+            return super().generate(prefixes, *args, **kwargs)
+
     with pytest.raises(RuntimeError, match="killed"):
-        within(20, lambda: run(tmp_path, SeededEngine(num_calls=2, fails_at=1), 1, num_problems=8))
+        within(20, lambda: run(tmp_path, Failing(num_calls=2), 1, num_problems=8))
+    assert [path.stem for path in (tmp_path / "sampled" / "shards").glob("*.json")] == ["00001"]
 
 
 def test_fewer_processes_go_on(tmp_path, monkeypatch):

@@ -211,10 +211,42 @@ def read_parquet(path: Path, cure: str, **options: Any) -> pa.Table:
     Raises:
         ValueError: if it is missing or damaged.
     """
-    try:
+    with named_damage(path, cure):
         return pq.read_table(path, **options)
+
+
+@contextlib.contextmanager
+def named_damage(path: Path, cure: str) -> Iterator[None]:
+    """
+    Name the parquet file that cannot be read.
+
+    Args:
+        path (`Path`):
+            File that is read within.
+        cure (`str`):
+            What to do if it is missing or damaged.
+
+    Raises:
+        ValueError: if it is.
+    """
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged or missing: {error}. {cure}.") from error
+
+
+def shard_cure(table: Path) -> str:
+    """
+    What to do about a damaged table of a shard.
+
+    Args:
+        table (`Path`):
+            Its parquet file.
+
+    Returns:
+        `str`.
+    """
+    return f"Delete {table.with_name(table.name.partition('-')[0])}.json to compute the shard again"
 
 
 def run_once(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.color import Color
 from rich.color_triplet import ColorTriplet
@@ -15,7 +16,7 @@ from rich.style import Style
 from rich.text import Text
 from rich.tree import Tree
 
-from dapo_trl.files import numbered_folders
+from dapo_trl.files import named_damage, numbered_folders, read_parquet, shard_cure
 
 
 _COLORS = ((215, 48, 39), (190, 150, 0), (26, 152, 80))  # of the values 0, 1/2 and 1
@@ -95,7 +96,7 @@ def print_problem(folder: Path, problem_id: str | None = None, console: Console 
             Where to; the terminal by default.
 
     Raises:
-        ValueError: if there is no such folder or problem, or the run has no values yet.
+        ValueError: if there is no such folder or problem, the run has no values yet, or a file of it is damaged.
     """
     console = console or Console()
     source = _find(Path(folder))
@@ -138,7 +139,7 @@ def _find(folder: Path) -> _Source:
 
 
 def _of_file(path: Path) -> _Source:
-    names = set(pq.read_schema(path).names) if path.suffix == ".parquet" else set()
+    names = set(_columns(path)) if path.suffix == ".parquet" else set()
     if {"prompt", "prefix", "candidates"} <= names:
         return _Source(path.name, [path], [], [path], [])
     if {"prompt", "completions", "values"} <= names:
@@ -156,13 +157,29 @@ def _shards(folder: Path, table: str) -> list[Path]:
     return sorted((folder / "shards").glob(f"[0-9]*-{table}.parquet"))
 
 
+def _read(path: Path, **options: Any) -> pa.Table:
+    return read_parquet(path, _cure(path), **options)
+
+
+def _columns(path: Path) -> list[str]:
+    with named_damage(path, _cure(path)):
+        return pq.read_schema(path).names
+
+
+def _cure(path: Path) -> str:
+    if path.parent.name == "shards":
+        return shard_cure(path)
+    scored = path.with_name("scored.json")
+    return f"Delete {scored} to score the rows again" if scored.exists() else "Write it again"
+
+
 def _rows(paths: list[Path], problem_id: str) -> list[Row]:
     """Rows of a problem, which are all in one file. Without `problem_id`, problems are told apart by their prompts."""
     for path in paths:
-        if "problem_id" in pq.read_schema(path).names:
-            rows = pq.read_table(path, filters=[("problem_id", "=", problem_id)]).to_pylist()
+        if "problem_id" in _columns(path):
+            rows = _read(path, filters=[("problem_id", "=", problem_id)]).to_pylist()
         else:
-            rows = [row for row in pq.read_table(path).to_pylist() if _prompt_text(row["prompt"]) == problem_id]
+            rows = [row for row in _read(path).to_pylist() if _prompt_text(row["prompt"]) == problem_id]
         if rows:
             return rows
     return []
@@ -170,8 +187,8 @@ def _rows(paths: list[Path], problem_id: str) -> list[Row]:
 
 def _problem_ids(source: _Source) -> Iterator[str]:
     for path in source.states + source.solutions:
-        name = "problem_id" if "problem_id" in pq.read_schema(path).names else "prompt"
-        ids = pq.read_table(path, columns=[name])[name].to_pylist()
+        name = "problem_id" if "problem_id" in _columns(path) else "prompt"
+        ids = _read(path, columns=[name])[name].to_pylist()
         yield from dict.fromkeys(ids if name == "problem_id" else map(_prompt_text, ids))
 
 

@@ -37,6 +37,7 @@ from dapo_trl.files import (
     read_parquet,
     refuse_differences,
     refuse_incomplete,
+    shard_cure,
     temporary_file,
     versions,
     write_atomically,
@@ -269,7 +270,7 @@ class ShardStore:
         if not used:
             return to_dataset([], self.features[name])
         paths = [self._path(index, name) for index in used]
-        return read_tables({path: _cure(path) for path in paths}, self.folder / ".cache", self.features[name])
+        return read_tables({path: shard_cure(path) for path in paths}, self.folder / ".cache", self.features[name])
 
     def rows(self, index: int, name: str) -> list[dict[str, Any]]:
         """
@@ -361,12 +362,7 @@ def read_shard(path: Path) -> pa.Table:
     Raises:
         ValueError: if the file is missing or damaged.
     """
-    return read_parquet(path, _cure(path))
-
-
-def _cure(table: Path) -> str:
-    """What to do about a damaged table of a shard."""
-    return f"Delete {table.with_name(table.name.partition('-')[0])}.json to compute the shard again"
+    return read_parquet(path, shard_cure(path))
 
 
 def _stem(index: int) -> str:
