@@ -118,6 +118,7 @@ def test_upload(stages, uploads):
     shards = [f"shards/{index:05}-{table}.parquet" for index in range(4) for table in ("solutions", "states")]
     assert upload["files"] == ["README.md", "manifest.json", *shards]
     assert (upload["repo_id"], upload["repo_type"]) == ("me/math-values", "dataset")
+    assert upload["delete_patterns"] == "shards/*"  # an earlier upload may have had more
     assert sampled.num_shards == 4
 
 
@@ -135,6 +136,16 @@ def test_shards_that_do_not_count(tmp_path, uploads):
     assert uploads[1]["files"] == ["README.md", "manifest.json", *expected]
     loaded = load_dataset(str(sampled.folder), "sampled", split="train", cache_dir=str(tmp_path / "cache"))
     assert len(loaded) == sampled.manifest["rows"]["sampled"]
+
+
+def test_shards_that_come_later(tmp_path):
+    """
+    Other processes may write shards beyond the needed ones after the card was written: it lists files if they can.
+    """
+    sampled, values = run(tmp_path, SeededEngine(), shard_size=1, num_problems=11)  # all are needed
+    cards = [DatasetCard.load(write_dataset_card(store.folder)) for store in (sampled, values)]
+    paths = [card.data.configs[0]["data_files"][0]["path"] for card in cards]
+    assert paths == [[f"shards/{index:05}-sampled.parquet" for index in range(10)], "shards/*-solutions.parquet"]
 
 
 @pytest.mark.parametrize(("number", "category"), [(1000, "1K<n<10K"), (99_999, "10K<n<100K"), (10**13, "100B<n<1T")])

@@ -157,6 +157,7 @@ def push_stage_to_hub(folder: str | Path, repo_id: str, private: bool | None = N
         repo_type="dataset",
         folder_path=folder,
         allow_patterns=["README.md", "manifest.json", *shards],
+        delete_patterns="shards/*",  # of an earlier upload with more of them
         commit_message=f"Upload {folder.name} of dapo-trl",
     )
     return str(repo)
@@ -173,12 +174,13 @@ def data_files(folder: Path, table: str) -> str | list[str]:
             Name of the table.
 
     Returns:
-        `str` or `list[str]`: a pattern; or, where sampling went beyond what was needed, the files that count.
+        `str` or `list[str]`: a pattern; or, where sampling may go beyond what is needed, the files that count.
     """
-    num_used = _finished(folder)["num_shards_used"]
+    manifest = _finished(folder)
+    if manifest["config"].get("num_problems") is None:
+        return f"shards/*-{table}.parquet"
     present = sorted(path.name for path in (folder / "shards").glob(f"[0-9]*-{table}.parquet"))
-    used = [name for name in present if int(name.partition("-")[0]) < num_used]
-    return f"shards/*-{table}.parquet" if used == present else [f"shards/{name}" for name in used]
+    return [f"shards/{name}" for name in present if int(name.partition("-")[0]) < manifest["num_shards_used"]]
 
 
 def hub_repo_id(prefix: str | None, run_folder: Path, folder: Path) -> str:

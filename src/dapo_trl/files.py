@@ -4,6 +4,7 @@ Files that a run leaves: written at once and complete, read with a cure for dama
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -385,3 +386,17 @@ def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
             yield from differences(stored.get(key), given.get(key), f"{name}.{key}" if name else key)
     elif stored != given:
         yield f"`{name}` was {stored!r}, is now {given!r}"
+
+
+def text_fingerprint(content: str | bytes) -> str:
+    """
+    Short hash.
+
+    Args:
+        content (`str` or `bytes`):
+            Anything.
+
+    Returns:
+        `str`: 16 hexadecimal digits of a SHA-256.
+    """
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]

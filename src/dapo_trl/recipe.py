@@ -12,8 +12,9 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,19 @@ from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
 from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import Estimate, evaluate_policy
-from dapo_trl.files import only_one, run_once, temporary_file, wait_for, write_atomically
+from dapo_trl.files import only_one, run_once, text_fingerprint, temporary_file, wait_for, write_atomically
 from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.loading import load_policy
 from dapo_trl.problems import load_problems, refuse_long_prompts
 from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
-from dapo_trl.run_folder import last_checkpoint, made_how, model_path, policy_folder, refuse_closed_folder
+from dapo_trl.run_folder import (
+    last_checkpoint,
+    made_how,
+    model_path,
+    policy_folder,
+    publish_once,
+    refuse_closed_folder,
+)
 from dapo_trl.stages import process_state, rows_fingerprint, sample_stage, value_stage
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_critic_trainer import StepCriticTrainer
@@ -270,7 +278,7 @@ class Recipe:
             return dataclasses.asdict(evaluation)
 
         refuse_closed_folder(path.parent)
-        print_title(f"Accuracy, {title}")
+        print_title(f"Accuracy, {title}", path)
         if not self._state.is_main_process:  # one process samples
             wait_for(path.exists, lambda: str(path))
         results = run_once(path, settings, compute)
@@ -326,7 +334,7 @@ class _Iteration:
         problems, folder = self.recipe.problems["train"], self.folder / "sampled"
         signal = a.num_problems_with_signal
         sampled = sample_stage(problems, self._engine, math_reward, self.config, folder, a.shard_size, signal)
-        print_stage(sampled.manifest)
+        print_stage(sampled.manifest, sampled.was_complete)
         self._publish(sampled)
         self.results["dropped"]["sampled"] = sampled.manifest["counts"]
         return sampled
@@ -334,7 +342,7 @@ class _Iteration:
     def _value(self, sampled: ShardStore) -> ShardStore:
         print_title("Completions and values")
         values = value_stage(sampled, self._engine, math_reward, self.config, self.folder / "values")
-        print_stage(values.manifest)
+        print_stage(values.manifest, values.was_complete)
         self._publish(values)
         self.results["dropped"]["values"] = values.manifest["counts"]
         del self._engine
@@ -355,19 +363,24 @@ class _Iteration:
 
     def _publish(self, stage: ShardStore) -> None:
         """The card of a stage's data set; and the data set on the Hub, if that is wanted."""
-        if not self._is_main:
-            return
         a = self.arguments
         repo_id = self.recipe.hub_id(stage.folder, a.hub_dataset_id)
-        write_dataset_card(stage.folder, self._problems_on_hub, repo_id if a.push_to_hub else None)
+        if self._is_main:
+            write_dataset_card(stage.folder, self._problems_on_hub, repo_id if a.push_to_hub else None)
         if a.push_to_hub:
-            console.print(f"Published: {push_stage_to_hub(stage.folder, repo_id, a.hub_private_repo)}")
+            fingerprint = stage.manifest["fingerprint"]
+            self._push(stage.folder, repo_id, fingerprint, partial(push_stage_to_hub, private=a.hub_private_repo))
 
     def _publish_model(self, folder: Path) -> None:
         """A model and its finished card on the Hub, if that is wanted."""
         a = self.arguments
-        if self._is_main and a.push_to_hub:
-            address = push_model_to_hub(folder, self._model_name(folder), a.hub_private_repo)
+        if a.push_to_hub:
+            push = partial(push_model_to_hub, private=a.hub_private_repo)
+            self._push(folder, self._model_name(folder), text_fingerprint((folder / "stage.json").read_text()), push)
+
+    def _push(self, folder: Path, repo_id: str, fingerprint: str, push: Callable[[Path, str], str]) -> None:
+        address = publish_once(folder, repo_id, fingerprint, push, self._is_main)
+        if self._is_main:
             console.print(f"Published: {address}")
 
     def _model_name(self, folder: Path) -> str:
@@ -382,7 +395,7 @@ class _Iteration:
         return path
 
     def _train_critic(self, values: ShardStore) -> None:
-        print_title("Critic")
+        print_title("Critic", self.folder / "critic" / "stage.json")
         solutions = values.table("solutions")
         held_out = held_out_problems(solutions)
         folder = self.folder / "critic"
@@ -447,8 +460,8 @@ class _Iteration:
 
     def _train_policy(self, source: str, rows: Dataset, values: str) -> None:
         title = f"{source.replace('_', ' ')} values"
-        print_title(f"Policy, {title}")
         folder = self.folder / policy_folder(source)
+        print_title(f"Policy, {title}", folder / "stage.json")
 
         def compute() -> dict[str, Any]:
             config = DAPOConfig(str(folder), **self.recipe.training_arguments(self.arguments.policy))
@@ -577,7 +590,9 @@ def stage_times(folder: Path) -> dict[str, dict[str, float]]:
             Folder of the run.
 
     Returns:
-        `dict`: stage -> `seconds`, summed over interruptions and processes, and `tokens` generated.
+        `dict`: stage -> `seconds` of wall-clock time, and `tokens` generated. Of a sampling stage it is the time in
+        which shards that are kept were under way, however many at a time; of a training that went on, since the last
+        start.
     """
     patterns = ["before.json", "**/sampled/manifest.json", "**/values/manifest.json", "**/critic/stage.json"]
     patterns += ["**/data/scored.json", "**/policy*/stage.json", "**/policy*/accuracy.json"]

@@ -5,12 +5,20 @@ What lies where in the folder of a run, and what a kill left of it.
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from dapo_trl.files import numbered_folders, read_json, refuse_differences, write_atomically
+from dapo_trl.files import (
+    dump_json,
+    numbered_folders,
+    read_json,
+    refuse_differences,
+    wait_for,
+    write_atomically,
+)
 
 
 def policy_folder(source: str) -> str:
@@ -94,6 +102,44 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def publish_once(
+    folder: Path, repo_id: str, fingerprint: str, push: Callable[[Path, str], str], is_main: bool = True
+) -> str:
+    """
+    Publish what is in a folder unless that was done before: `published.json` there says so.
+
+    Args:
+        folder (`Path`):
+            Folder of a finished stage or model.
+        repo_id (`str`):
+            Name on the Hub. Under another name it is published again.
+        fingerprint (`str`):
+            Of what is published. If it has changed, it is published again.
+        push (`Callable[[Path, str], str]`):
+            Takes folder and name, and returns the address.
+        is_main (`bool`, *optional*, defaults to `True`):
+            Whether this process does it. The others, which need not know the namespace, wait until it is done: what
+            they do next may take them to a collective operation, which would time out.
+
+    Returns:
+        `str`: address.
+    """
+    record, keys, cure = folder / "published.json", ("repo_id", "fingerprint", "address"), "Delete it to publish again"
+
+    def is_published() -> bool:
+        if not record.exists():
+            return False
+        known = read_json(record, keys, cure)
+        names = [name if is_main else name.rpartition("/")[2] for name in (known["repo_id"], repo_id)]
+        return names[0] == names[1] and known["fingerprint"] == fingerprint
+
+    if is_main and not is_published():
+        address = push(folder, repo_id)
+        write_atomically(record, dump_json({"repo_id": repo_id, "fingerprint": fingerprint, "address": address}))
+    wait_for(is_published, lambda: f"the upload of {folder}")
+    return read_json(record, keys, cure)["address"]
 
 
 def refuse_closed_folder(folder: Path) -> None:

@@ -14,7 +14,6 @@ computes it or when, so that several processes can share the work and any of the
 """
 
 import glob
-import hashlib
 import json
 import logging
 import math
@@ -38,6 +37,7 @@ from dapo_trl.files import (
     refuse_differences,
     refuse_incomplete,
     shard_cure,
+    text_fingerprint,
     temporary_file,
     versions,
     write_atomically,
@@ -178,7 +178,7 @@ class ShardStore:
             "rows": dict(rows),
             "counts": dict(counts),
             "seconds": round(_time_covered([(summary["begun"], summary["seconds"]) for summary in summaries]), 3),
-            "fingerprint": _hash("".join(summary["fingerprint"] for summary in summaries)),
+            "fingerprint": text_fingerprint("".join(summary["fingerprint"] for summary in summaries)),
         }
         begun = self.manifest
         manifest = begun | results
@@ -236,13 +236,13 @@ class ShardStore:
             table = to_dataset(rows, self.features[name]).data.table
             with temporary_file(self._path(index, name)) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
-                fingerprints.append(_hash(temporary.read_bytes()))
+                fingerprints.append(text_fingerprint(temporary.read_bytes()))
         summary = {
             "rows": {name: len(rows) for name, rows in shard.tables.items()},
             "counts": dict(shard.counts),
             "begun": round(shard.begun, 3),
             "seconds": round(shard.seconds, 3),
-            "fingerprint": _hash("".join(fingerprints)),
+            "fingerprint": text_fingerprint("".join(fingerprints)),
         }
         write_atomically(self._shards / f"{_stem(index)}.json", dump_json(summary))
 
@@ -376,7 +376,3 @@ def _time_covered(spans: list[tuple[float, float]]) -> float:
         covered += max(begin + length - max(begin, last), 0.0)
         last = max(last, begin + length)
     return covered
-
-
-def _hash(content: str | bytes) -> str:
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]

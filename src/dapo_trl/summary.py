@@ -2,6 +2,7 @@
 What a person sees of a run: titles, tables and a figure.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,48 @@ from rich.console import Console
 from rich.table import Table
 
 from dapo_trl.evaluation import Estimate
+from dapo_trl.inspection import one_line
 
 
 console = Console(width=110)
+logger = logging.getLogger(__name__)
+
+DONE_BEFORE = ", done before"
 
 
-def print_title(title: str) -> None:
-    """Begin a stage."""
+def print_title(title: str, record: Path | None = None) -> None:
+    """
+    Begin a stage.
+
+    Args:
+        title (`str`):
+            What it is called.
+        record (`Path`, *optional*):
+            File that is there if it was done before.
+    """
     if PartialState().is_main_process:
-        console.rule(f"[bold]{title}")
+        console.rule(f"[bold]{title}{DONE_BEFORE if record is not None and record.exists() else ''}")
 
 
-def print_stage(manifest: dict[str, Any]) -> None:
+def print_stage(manifest: dict[str, Any], was_complete: bool = False) -> None:
     """
     What a sampling stage did, kept and left out.
 
     Args:
         manifest (`dict`):
             Manifest of a finished [`~dapo_trl.store.ShardStore`].
+        was_complete (`bool`, *optional*, defaults to `False`):
+            Whether that was done before.
     """
     if not PartialState().is_main_process:
         return
-    table = Table("what", "how many")
+    table = Table("what", "how many", title=DONE_BEFORE.removeprefix(", ") if was_complete else None)
     for name, number in (manifest["rows"] | manifest["counts"]).items():
         if number:
             table.add_row(name.replace("_", " "), f"{number:,}")
-    seconds = manifest["seconds"]
-    table.add_row("seconds", f"{seconds:,.1f}")
-    table.add_row("tokens per second", f"{manifest['counts'].get('tokens_generated', 0) / max(seconds, 1e-9):,.0f}")
+    seconds, tokens = manifest["seconds"], manifest["counts"].get("tokens_generated", 0)
+    table.add_row("seconds, interruptions left out", f"{seconds:,.1f}")
+    table.add_row("tokens per second, all processes", f"{tokens / max(seconds, 1e-9):,.0f}")
     console.print(table)
 
 
@@ -172,9 +187,10 @@ def print_results(results: dict[str, Any]) -> None:
     """
     if not PartialState().is_main_process:
         return
-    before = results["before"]
+    before, temperature = results["before"], results["arguments"]["temperature"]
     table = Table("policy", "greedy", f"mean@{before['k']}", f"pass@{before['k']}")
-    table.title = f"Accuracy on {before['num_problems']:,} held-out problems, temperature 1, 95% intervals"
+    problems = f"{before['num_problems']:,} held-out problems"
+    table.title = f"Accuracy on {problems}, temperature {temperature:g}, 95% intervals"
     for label, evaluation in _evaluations(results).items():
         cells = (str(Estimate(**evaluation[name])) for name in ("greedy", "mean_at_k", "pass_at_k"))
         table.add_row(label, *cells)
@@ -209,7 +225,8 @@ def _evaluations(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def draw_values(solutions: Dataset, path: Path) -> None:
     """
-    Draw values along some solutions of the same problems, correct and wrong.
+    Draw values along some solutions of the same problems, correct and wrong. Nothing depends on the figure: what fails
+    is a warning.
 
     Args:
         solutions ([`~datasets.Dataset`]):
@@ -217,6 +234,13 @@ def draw_values(solutions: Dataset, path: Path) -> None:
         path (`Path`):
             Picture to write.
     """
+    try:
+        _draw_figure(solutions, path)
+    except Exception as error:
+        logger.warning(f"The figure {path} could not be drawn: {type(error).__name__}: {error}")
+
+
+def _draw_figure(solutions: Dataset, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -255,4 +279,4 @@ def _draw_problem(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set_ylim(-0.03, 1.03)
     axis.grid(alpha=0.3)
     prompt = rows[0]["prompt"] if isinstance(rows[0]["prompt"], str) else rows[0]["prompt"][-1]["content"]
-    axis.set_title(prompt.strip()[:40], fontsize=9)
+    axis.set_title(one_line(prompt.strip(), longest=40), fontsize=9, parse_math=False)  # `$5` is no formula

@@ -1,0 +1,54 @@
+"""
+`run_folder.py`: what is published is published once, checkpoints are numbered, and bad folders are refused early.
+"""
+
+import functools
+import json
+import threading
+import time
+
+import pytest
+
+from dapo_trl.run_folder import last_checkpoint, publish_once, refuse_closed_folder
+
+
+def test_published_once(tmp_path):
+    """
+    The main process uploads, the others wait, also if only that one knows the namespace; under another name or with
+    other content it is done again.
+    """
+    uploads, others = [], []
+
+    def push(folder, repo_id):
+        uploads.append(repo_id)
+        return f"https://huggingface.co/{repo_id}"
+
+    wait = functools.partial(publish_once, tmp_path, "values", "abc", push, is_main=False)
+    thread = threading.Thread(target=lambda: others.append(wait()), daemon=True)
+    thread.start()
+    time.sleep(0.2)
+    assert not others
+    address = publish_once(tmp_path, "me/values", "abc", push)
+    thread.join(20)
+    assert others == [address] == ["https://huggingface.co/me/values"]
+    assert publish_once(tmp_path, "me/values", "abc", push) == address
+    assert uploads == ["me/values"]
+    publish_once(tmp_path, "me/other", "abc", push)
+    publish_once(tmp_path, "me/other", "def", push)
+    assert uploads == ["me/values", "me/other", "me/other"]
+
+
+def test_checkpoints_that_are_none(tmp_path):
+    """A copy that somebody put aside is neither taken nor removed."""
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.bak"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"epoch": 1}))
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()  # killed in the middle
+    assert last_checkpoint(tmp_path, {}) == str(tmp_path / "checkpoint-9")
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-11.bak", "checkpoint-9"]
+
+
+def test_a_name_that_cannot_be_read_from(tmp_path):
+    with pytest.raises(ValueError, match="has '::', which no data set can be read from"):
+        refuse_closed_folder(tmp_path / "a::b")
+    refuse_closed_folder(tmp_path / "a [1]*")
