@@ -88,6 +88,38 @@ def test_what_is_done_is_skipped(commands, tmp_path, again, whole):
     assert results(again) == results(whole)
 
 
+def test_the_same_command_twice(commands, tmp_path, whole):
+    """At the same time: the second one is refused, with the process that works there; the first one goes on."""
+    folder = tmp_path / "run"
+    arguments = ("values", RECIPE, *SMALL, "--output_dir", folder)
+    first = commands.start(*arguments, output=tmp_path / "first")
+    while not (folder / ".lock").exists() or not (folder / ".lock").read_text():
+        time.sleep(0.01)
+    code, text = commands.run(*arguments, output=tmp_path / "second")
+    assert code == 1
+    assert f"dapo-trl: Another command works in {folder} already: process {first} on " in text
+    assert commands.wait(first) == 0, (tmp_path / "first").read_text()[-3000:]
+    expected = rows(whole)
+    assert rows(folder) == {name: expected[name] for name in TABLES}
+
+
+def test_an_interrupted_training(commands, tmp_path, again):
+    """Ctrl-C while a critic is made ends the run, wherever it is; the same command goes on."""
+    for name in ("critic", "data", "policy", "policy_monte_carlo"):
+        shutil.rmtree(again / name)
+    arguments = ("critic", RECIPE, *SMALL, "--critic.num_train_epochs", "1000", "--output_dir", again)
+    for delay in (0, 0.3, 0.6):
+        pid = commands.start(*arguments, output=tmp_path / "log")
+        while "Critic" not in (tmp_path / "log").read_text():
+            time.sleep(0.01)
+        time.sleep(delay)
+        commands.interrupt(pid)
+        assert commands.wait(pid, timeout=30) == 130
+        text = (tmp_path / "log").read_text()
+        assert "stopped. The same command goes on where it was." in text
+        assert not (again / "critic" / "stage.json").exists()
+
+
 def test_stage_by_stage(commands, tmp_path, whole):
     """Each command adds its stage and nothing else; together they give what `run` gives."""
     folder = tmp_path / "run"
@@ -104,7 +136,7 @@ def test_stage_by_stage(commands, tmp_path, whole):
     for stage, added in new.items():
         code, text = commands.run(stage, RECIPE, *SMALL, "--output_dir", folder, output=tmp_path / "log")
         assert code == 0, (stage, text[-3000:])
-        found = {path.name for path in folder.iterdir()}
+        found = {path.name for path in folder.iterdir() if path.name != ".lock"}
         assert found - there == added, stage
         there = found
     assert rows(folder) == rows(whole)
