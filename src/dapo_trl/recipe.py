@@ -35,7 +35,7 @@ from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
 from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import Estimate, evaluate_policy
-from dapo_trl.files import only_one, run_once, text_fingerprint, temporary_file, wait_for, write_atomically
+from dapo_trl.files import only_one, run_once, temporary_file, text_fingerprint, wait_for, write_atomically
 from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.loading import load_policy
 from dapo_trl.problems import load_problems, refuse_long_prompts

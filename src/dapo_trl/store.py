@@ -37,8 +37,8 @@ from dapo_trl.files import (
     refuse_differences,
     refuse_incomplete,
     shard_cure,
-    text_fingerprint,
     temporary_file,
+    text_fingerprint,
     versions,
     write_atomically,
 )
