@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY, make_policy, make_tokenizer
+from conftest import REPOSITORY, STUDENT, make_policy, make_tokenizer
 
 
 RECIPE = str(REPOSITORY / "examples" / "recipes" / "demo.yaml")
@@ -51,7 +51,6 @@ OTHER = {"question": "2 + 2", "answer": "4"}
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("nowhere.jsonl", None, "nowhere.jsonl', but there is no such file"),
         ("column.jsonl", lines({"a": 1, "answer": "2"}, {"a": 2, "answer": "3"}), "needs a column named 'question' or"),
         ("column.jsonl", lines({"question": "1"}, {"question": "2"}), "needs a column named 'answer' or"),
         ("empty.jsonl", "", "cannot be read: it is empty"),
@@ -89,16 +88,17 @@ def test_problems(tmp_path, run, name, content, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model_name_or_path", "./nowhere"], "`model_name_or_path` is './nowhere', but there is no such file or"),
         (["--model_name_or_path", "nobody/nothing"], "`model_name_or_path` is 'nobody/nothing', which cannot be load"),
-        (["--critic_model_name_or_path", "/nowhere"], "`critic_model_name_or_path` is '/nowhere', but there is no"),
-        (["--policy.beta", "-1"], "`policy`: `beta` must be positive"),
-        (["--critic.optim", "sgdd"], "`critic`: sgdd is not a valid OptimizerNames"),
-        (["--num_train_problems", "0"], "has no problem to train on"),
+        (["--use_peft", "--lora_target_modules", "nope"], "`use_peft`: the adapter does not fit"),
+        (["--critic.push_to_hub", "true"], "`critic.push_to_hub`: cannot log in to the Hub. Call `hf auth login`"),
     ],
 )
 def test_settings(tmp_path, run, arguments, message):
-    assert message in complaint(run(tmp_path / "run", *arguments))
+    """What the command line alone does not tell (the rest: `test_cli.py`)."""
+    code, text = run(tmp_path / "run", *arguments)
+    assert message in text
+    assert code == (1 if "nobody" in message else 2)
+    assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
 
 
@@ -122,10 +122,29 @@ def test_no_signal(tmp_path, run):
     few = ("--model_name_or_path", str(tmp_path / "model"), "--max_new_tokens", "4")
     message = complaint(run(tmp_path / "run", *few))
     assert message.startswith("No problem carries signal")
-    assert "Use easier problems, a stronger model" in message
+    assert "Use more or easier problems, a stronger model" in message
     counts = json.loads((tmp_path / "run" / "sampled" / "manifest.json").read_text())["counts"]
     assert counts["problems_all_wrong"] == 6
     assert not (tmp_path / "run" / "policy").exists()
+    code, text = run(tmp_path / "run", *few, command="sample")
+    assert code == 0
+    assert "No problem has right and wrong solutions: there is nothing to learn" in text
+
+
+def test_one_problem_with_signal(tmp_path, run):
+    """It cannot both train a critic and measure it; said before its completions are drawn."""
+    message = complaint(run(tmp_path / "run", "--num_problems_with_signal", "1", "--shard_size", "1"))
+    assert message.startswith("Only one problem has right and wrong solutions. A critic needs two")
+    assert "`values: monte_carlo`" in message
+    assert not (tmp_path / "run" / "values").exists()
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "config.json"])
+def test_a_folder_without_all_of_a_model(tmp_path, run, missing):
+    folder = Path(shutil.copytree(STUDENT, tmp_path / "model"))
+    (folder / missing).unlink()
+    message = complaint(run(tmp_path / "run", "--model_name_or_path", folder))
+    assert message.startswith(f"`model_name_or_path` is '{folder}', which cannot be loaded (Auto")
 
 
 # ---- What was written before ----

@@ -185,7 +185,7 @@ def test_iterations(tmp_path):
     for number in (1, 2, 10):
         write(tmp_path / f"iteration-{number}")
     (tmp_path / "iteration-11").mkdir()
-    assert shown(tmp_path).startswith(f"{tmp_path.name}, iteration 10 of 4")
+    assert shown(tmp_path).startswith(f"{tmp_path.name}, iteration 10 of 11")
     shutil.rmtree(tmp_path / "iteration-10")
     assert "iteration 2 of" in shown(tmp_path)
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from commands import ENVIRONMENT, TIMEOUT
-from conftest import REPOSITORY
+from conftest import REPOSITORY, STUDENT
+from dapo_trl.model_identity import identify
 from written import done_work, records, results, rows, seconds
 
 
@@ -147,14 +149,12 @@ def test_stage_by_stage(commands, tmp_path, whole):
 
 def test_two_iterations(commands, tmp_path):
     """The first policy samples for the second one and is its start and reference; the critic goes on learning."""
-    from safetensors.torch import load_file
-
     folder = tmp_path / "run"
     small = ("--num_train_problems", "8", "--num_test_problems", "4", "--eval_k", "1", "--num_solutions", "4")
     arguments = (*SMALL, *small, "--values", "critic", "--iterations", "2", "--policy.min_advantage_gap", "0")
     code, text = commands.run("run", RECIPE, *arguments, "--output_dir", folder, output=tmp_path / "log")
     assert code == 0, text[-3000:]
-    first, second = folder / "iteration-1", folder / "iteration-2"
+    first, second = folder, folder / "iteration-2"
 
     def read(path):
         return json.loads(path.read_text())["config"]
@@ -164,14 +164,47 @@ def test_two_iterations(commands, tmp_path):
     assert engines[0]["tokenizer"] == engines[1]["tokenizer"]
     seeds = [read(part / "sampled" / "manifest.json")["rollouts"]["seed"] for part in (first, second)]
     assert seeds[0] != seeds[1]
-    assert read(second / "policy" / "stage.json")["model"] == "iteration-1/policy"
-    assert read(second / "critic" / "stage.json")["model"] == "iteration-1/critic"
+    for name in ("policy", "critic"):
+        assert read(second / name / "stage.json")["model"] == identify(str(first / name))
     heads = [load_file(part / "critic" / "model.safetensors")["score.weight"].flatten() for part in (first, second)]
     assert heads[0] @ heads[1] > 0.9 * heads[0].norm() * heads[1].norm()  # a new head would be at a right angle
     both = json.loads((folder / "results.json").read_text())
     assert [sorted(part) for part in both["iterations"]] == [["critic", "dropped", "policy_critic"]] * 2
     assert both["before"]["num_problems"] == 4
     assert "iteration 2, after, critic values" in text
+    assert {"before", "sampled", "policy/accuracy", "iteration-2/sampled"} < set(both["stages"])
+
+
+def test_a_second_iteration_later(commands, tmp_path):
+    """
+    A finished run goes on with another iteration: the first is not done again. Asked for one again, it has one; so it
+    is with a folder whose first iteration lies where that of several once lay.
+    """
+    folder, log = tmp_path / "run", tmp_path / "log"
+    small = ("--num_train_problems", "8", "--num_test_problems", "4", "--eval_k", "1", "--num_solutions", "4")
+    command = ("run", RECIPE, *SMALL, *small, "--values", "critic", "--policy.min_advantage_gap", "0")
+    command += ("--policy.max_steps", "1")
+    one = commands.run(*command, "--output_dir", folder, output=log)
+    assert one[0] == 0, one[1][-3000:]
+    begun, stages = records(folder), set(json.loads((folder / "results.json").read_text())["stages"])
+    code, text = commands.run(*command, "--iterations", "2", "--output_dir", folder, output=log)
+    assert code == 0, text[-3000:]
+    assert begun.items() < records(folder).items()
+    assert not (folder / "iteration-1").exists()
+    both = json.loads((folder / "results.json").read_text())
+    assert len(both["iterations"]) == 2
+    assert set(both["stages"]) - stages == {f"iteration-2/{name}" for name in stages - {"before"}}
+    done = records(folder)
+    assert commands.run(*command, "--output_dir", folder, output=log)[0] == 0
+    assert records(folder) == done
+    assert set(json.loads((folder / "results.json").read_text())["stages"]) == stages
+    (folder / "iteration-1").mkdir()
+    for name in ("sampled", "values", "critic", "data", "policy"):
+        (folder / name).rename(folder / "iteration-1" / name)
+    done = records(folder)
+    code, text = commands.run(*command, "--iterations", "2", "--output_dir", folder, output=log)
+    assert code == 0, text[-3000:]
+    assert records(folder) == done
 
 
 @pytest.mark.parametrize(
@@ -183,6 +216,7 @@ def test_two_iterations(commands, tmp_path):
         (["--lora_r", "4"], "critic", "`model_config.lora_r` was None, is now 4"),
         (["--policy.beta", "0.2"], "policy", "`arguments.beta` was 0.1, is now 0.2"),
         (["--eval_k", "1"], "before.json", "`k` was 2, is now 1"),
+        (["--dtype", "bfloat16"], "before.json", "`loading.dtype` was 'float32', is now 'bfloat16'"),
     ],
     ids=lambda value: value if isinstance(value, str) and "`" not in value else "",
 )
@@ -195,6 +229,26 @@ def test_changed_settings_are_refused(commands, tmp_path, again, arguments, plac
     assert f"{again / place} holds results of another configuration: {difference}" in text
     assert "delete this one to start anew" in text
     assert "Traceback" not in text
+    assert records(again) == before
+
+
+def test_the_same_model_by_another_path(commands, tmp_path, again, monkeypatch):
+    """Weights say which model it is: another path of the same goes on, other weights at the same path do not."""
+    before = records(again)
+    model = Path(shutil.copytree(STUDENT, tmp_path / "model"))
+    command = ("run", RECIPE, *SMALL, "--model_name_or_path", model, "--output_dir", again)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    assert records(again) == before
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, model / "model.safetensors")
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 1
+    assert "before.json holds results of another configuration: `model.weights` was " in text
+    command = ("critic", RECIPE, *SMALL, "--critic_model_name_or_path", model, "--output_dir", again)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 1
+    assert "critic holds results of another configuration: `model.weights` was " in text
     assert records(again) == before
 
 

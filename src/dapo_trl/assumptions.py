@@ -119,7 +119,7 @@ def _number(name: str, value: Any) -> float:
         raise ValueError(f"`estimate.{name}` must be a number, got {value!r}.") from None
 
 
-def count_parameters(model: str, trust_remote_code: bool = False) -> int:
+def count_parameters(model: str, trust_remote_code: bool = False, revision: str | None = None) -> int:
     """
     Number of a model's parameters, from its configuration: no weights are loaded.
 
@@ -128,6 +128,8 @@ def count_parameters(model: str, trust_remote_code: bool = False) -> int:
             Name or path.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to allow models with Python code of their own.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a model on the Hub.
 
     Returns:
         `int`.
@@ -149,7 +151,7 @@ def count_parameters(model: str, trust_remote_code: bool = False) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -178,7 +180,7 @@ def with_parameters(assumed: Assumptions, recipe: "Recipe") -> Assumptions:
     """
     given = {name: value for name, value in asdict(assumed).items() if value is not None}
     arguments, trusted = recipe.arguments, recipe.arguments.trust_remote_code
-    policy = given.get("num_parameters") or count_parameters(recipe.model, trusted)
+    policy = given.get("num_parameters") or count_parameters(recipe.model, trusted, recipe.revision_of(recipe.model))
     critic = given.get("critic_parameters") or policy
     own = arguments.critic_model_name_or_path
     if own and own != recipe.model and "critic_parameters" not in given and arguments.values != "monte_carlo":

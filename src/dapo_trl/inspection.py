@@ -128,7 +128,7 @@ def _find(folder: Path) -> _Source:
     valued = [(number, path) for number, path in iterations if _shards(path / "values", "states")]
     if valued:
         number, path = valued[-1]
-        return _of_run(path, f"{folder.name}, iteration {number} of {len(iterations)}")
+        return _of_run(path, f"{folder.name}, iteration {number} of {iterations[-1][0]}")
     if _shards(folder / "values", "states"):
         return _of_run(folder, folder.resolve().name)
     if _shards(folder, "states"):

@@ -2,11 +2,11 @@
 Arguments of a recipe. Nothing heavy is imported, so that `dapo-trl run --help` answers at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapo_trl.settings import read_settings
+from dapo_trl.settings import SettingsError, read_settings
 
 
 if TYPE_CHECKING:
@@ -24,6 +24,22 @@ class ServerArguments:
     max_retries: int = 8
     max_context: int | None = None
     max_downtime: float | None = None
+
+
+_CHOICES = {"engine": ["transformers", "openai", "vllm"], "values": ["critic", "monte_carlo", "both"]}
+_LEAST = {
+    "seed": 0,
+    "iterations": 1,
+    "num_train_problems": 1,
+    "num_test_problems": 1,
+    "num_problems_with_signal": 1,
+    "max_concurrency": 1,
+    "generation_batch_size": 1,
+    "shard_size": 1,
+    "num_solutions": 2,
+    "eval_k": 1,
+}
+_WHY = {"num_solutions": " Right and wrong solutions of a problem are compared."}
 
 
 @dataclass
@@ -56,7 +72,7 @@ class RecipeArguments:
     )
     engine: str = field(
         default="transformers",
-        metadata={"help": "Sampling back end.", "choices": ["transformers", "openai", "vllm"]},
+        metadata={"help": "Sampling back end.", "choices": _CHOICES["engine"]},
     )
     server_urls: list[str] = field(
         default_factory=list, metadata={"help": "Servers of the engine 'openai', such as http://node1:8000/v1."}
@@ -85,7 +101,7 @@ class RecipeArguments:
         default="critic",
         metadata={
             "help": "Where advantages come from: 'critic' (paper), 'monte_carlo' or 'both' (two policies).",
-            "choices": ["critic", "monte_carlo", "both"],
+            "choices": _CHOICES["values"],
         },
     )
     critic_model_name_or_path: str | None = field(
@@ -131,16 +147,20 @@ class RecipeArguments:
     report_to: str = field(default="none", metadata={"help": "Where metrics go: 'none', 'wandb', 'tensorboard', ..."})
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"`iterations` must be at least 1, got {self.iterations}.")
-        if self.values not in ("critic", "monte_carlo", "both"):
-            raise ValueError(f"`values` must be 'critic', 'monte_carlo' or 'both', got {self.values!r}.")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.{_WHY.get(name, '')}")
+        if self.temperature == 0:
+            raise ValueError("`temperature` must be positive: greedy solutions of a problem are all the same.")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                names = ", ".join(map(repr, known[:-1]))
+                raise ValueError(f"`{name}` must be {names} or {known[-1]!r}, got {getattr(self, name)!r}.")
         if self.values == "both" and self.iterations > 1:
             raise ValueError('`values="both"` trains two policies; several iterations need one. Choose one of them.')
         if "{question}" not in self.prompt_template:
             raise ValueError(f"`prompt_template` must contain {{question}}, got {self.prompt_template!r}.")
-        if self.engine not in ("transformers", "openai", "vllm"):
-            raise ValueError(f"`engine` must be 'transformers', 'openai' or 'vllm', got {self.engine!r}.")
         if self.engine == "openai" and self.iterations > 1:
             raise ValueError(
                 '`engine="openai"` cannot load the next policy. Run one iteration, start the servers anew.'
@@ -150,14 +170,10 @@ class RecipeArguments:
         self._read_sections()
         if self.server and self.engine != "openai":
             raise ValueError(f'`server` is about `engine="openai"`, not {self.engine!r}. Remove it.')
-        self.num_kept = min(self.num_kept, self.num_solutions)
         self.rollout_config(0)  # refuses numbers that do not fit before anything is loaded
 
     def _read_sections(self) -> None:
-        from dapo_trl.dapo_config import DAPOConfig
-        from dapo_trl.step_critic_config import StepCriticConfig
-
-        for section, kind in (("critic", StepCriticConfig), ("policy", DAPOConfig), ("server", ServerArguments)):
+        for section, kind in (trainer_configs() | {"server": ServerArguments}).items():
             entries = read_settings(getattr(self, section), kind, section=section)
             if "output_dir" in entries:
                 raise ValueError(f"`{section}.output_dir` is a folder of `output_dir`. Remove it, or set `output_dir`.")
@@ -179,6 +195,22 @@ class RecipeArguments:
         )
 
 
+SECTIONS = tuple(entry.name for entry in fields(RecipeArguments) if entry.default_factory is dict)
+
+
+def trainer_configs() -> dict[str, Any]:
+    """
+    Which sections are about training.
+
+    Returns:
+        `dict`: section -> class of its entries.
+    """
+    from dapo_trl.dapo_config import DAPOConfig
+    from dapo_trl.step_critic_config import StepCriticConfig
+
+    return {"critic": StepCriticConfig, "policy": DAPOConfig}
+
+
 def refuse_missing_path(name: str, value: str | None) -> None:
     """
     Refuse a local path where there is nothing; what is no local path may be on the Hub.
@@ -190,8 +222,24 @@ def refuse_missing_path(name: str, value: str | None) -> None:
             The path, of a Python file with or without `:function`. A local one begins with `.` or `/`.
 
     Raises:
-        ValueError: if there is nothing.
+        SettingsError: if there is nothing.
     """
     path = (value or "").partition(":")[0]
     if path.startswith((".", "/")) and not Path(path).exists():
-        raise ValueError(f"`{name}` is {value!r}, but there is no such file or folder. Check the path.")
+        raise SettingsError(f"`{name}` is {value!r}, but there is no such file or folder. Check the path.")
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """
+    Fields of a dataclass that differ from their defaults.
+
+    Args:
+        config (dataclass):
+            Arguments.
+
+    Returns:
+        `dict`.
+    """
+    defaults = type(config)()
+    given = asdict(config)
+    return {name: value for name, value in given.items() if value != getattr(defaults, name)}

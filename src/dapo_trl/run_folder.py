@@ -21,6 +21,25 @@ from dapo_trl.files import (
 )
 
 
+def iteration_folder(folder: Path, number: int) -> Path:
+    """
+    Place of an iteration: of the first the run's folder itself, so that more can follow at any time.
+
+    Args:
+        folder (`Path`):
+            Folder of the run.
+        number (`int`):
+            Iteration, from 0.
+
+    Returns:
+        `Path`.
+    """
+    if number:
+        return folder / f"iteration-{number + 1}"
+    first = folder / "iteration-1"  # of runs that were begun with several, before this was so
+    return first if first.exists() else folder
+
+
 def policy_folder(source: str) -> str:
     """
     Name of a policy's folder.

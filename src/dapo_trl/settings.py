@@ -13,6 +13,10 @@ _MANY = 20  # names that nobody wants to read in an error
 _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
+class SettingsError(ValueError):
+    """A setting, of a recipe or a command line, cannot be used."""
+
+
 def read_settings(settings: Mapping[str, Any], *kinds: Any, section: str = "") -> dict[str, Any]:
     """
     Settings with the types of their fields.

@@ -43,6 +43,9 @@ class _StepConfig(_BaseConfig):
             raise ValueError(f"`layout` must be 'tree' or 'padded', got {self.layout!r}.")
         self._check_whole_numbers({"max_length": 2, "max_tokens_per_row": 2})  # a prompt and a step
         self._check_whole_numbers({"pad_to_multiple_of": 1, "dataset_num_proc": 1})
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.use_liger_kernel:
             raise ValueError(
                 "`use_liger_kernel=True` would replace the forward pass that scores of steps are read from. Set "

@@ -21,6 +21,13 @@ logger = logging.getLogger(__name__)
 
 DONE_BEFORE = ", done before"
 
+MIN_SKILL = 0.05  # of a critic that is of use, see docs/metrics.md
+
+
+def warn(message: str) -> None:
+    """Say what is not as it should be."""
+    console.print(f"[bold red]{message}")
+
 
 def print_title(title: str, record: Path | None = None) -> None:
     """
@@ -93,10 +100,11 @@ def print_critic(metrics: dict[str, Any]) -> None:
         f"{metrics['eval_sibling_pairs']:,} pairs of sibling steps as their Monte Carlo values do, where these differ "
         "by 0.3 or more."
     )
-    if metrics["eval_skill"] <= 0:
-        console.print(
-            "[bold red]The critic has no skill: it predicts no better than a constant. A policy trained on its values "
-            "is not likely to improve. Use more problems, another learning rate, or `values: monte_carlo`."
+    if not metrics["eval_skill"] > MIN_SKILL:
+        warn(
+            f"The critic's skill on held-out problems is {metrics['eval_skill']:.1%}, not above {MIN_SKILL:.0%}: it "
+            "predicts hardly better than a constant. A policy trained on its values may get worse. Use more problems, "
+            "another learning rate of the critic, or Monte Carlo values (`values: monte_carlo`)."
         )
 
 

@@ -2,18 +2,19 @@
 Sampling in process with vLLM.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils.sha import sha_fileobj
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from dapo_trl.engines import Completion, OnCompletion, SamplingConfig, check_request, published_name, refuse_endless
 from dapo_trl.engines._completions import check_room, describe_text, end_tokens, to_completion
+from dapo_trl.model_identity import weights_hash
+
+
+_DECISIVE = ("dtype", "revision")  # of vLLM's arguments: they decide which completions come out
 
 
 class VLLMEngine:
@@ -116,10 +117,9 @@ class VLLMEngine:
     def describe(self) -> dict[str, Any]:
         """Kind of engine, name of the model, fingerprints and end tokens; see [`~dapo_trl.engines.Engine`]."""
         described = {"engine": "vllm", "model": self.name, **describe_text(self.tokenizer, self.eos_token_ids)}
-        if files := sorted(Path(self._model).glob("*.safetensors")):  # a name on the Hub stands for itself
-            digest = hashlib.sha256(b"".join(map(_sha256, files)))
-            described["weights"] = digest.hexdigest()[:16]
-        return described
+        if weights := weights_hash(self._model):  # a name on the Hub stands for itself
+            described["weights"] = weights
+        return described | {name: self._engine_kwargs[name] for name in _DECISIVE if name in self._engine_kwargs}
 
     def take_counts(self) -> dict[str, int]:
         """Nothing to report: ids go in and come out, and nothing is repeated."""
@@ -162,11 +162,6 @@ def _generation_config(model: str, revision: str | None) -> GenerationConfig | N
         return GenerationConfig.from_pretrained(model, revision=revision or "main")
     except OSError:
         return None
-
-
-def _sha256(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return sha_fileobj(file)
 
 
 def _sampling_params(sampling: SamplingConfig, seed: int, ends: list[int]) -> Any:

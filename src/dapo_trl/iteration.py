@@ -1,0 +1,360 @@
+"""
+One pass of the method: from a generator to a better policy. The stages of a run, each in its place.
+"""
+
+import gc
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import get_peft_config, get_quantization_config
+
+from dapo_trl.advantages import add_advantages
+from dapo_trl.cards import add_card_results
+from dapo_trl.dapo_config import DAPOConfig
+from dapo_trl.dapo_trainer import DAPOTrainer
+from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
+from dapo_trl.engines import Engine
+from dapo_trl.evaluation import Estimate
+from dapo_trl.files import read_json, run_once, temporary_file
+from dapo_trl.interrupts import raise_if_interrupted
+from dapo_trl.model_identity import identify, weights_hash
+from dapo_trl.recipe_arguments import changed_fields
+from dapo_trl.run_folder import last_checkpoint, made_how, model_path, policy_folder
+from dapo_trl.stages import sample_stage, value_stage
+from dapo_trl.step_critic_config import StepCriticConfig
+from dapo_trl.step_critic_trainer import StepCriticTrainer
+from dapo_trl.store import ShardStore, read_tables
+from dapo_trl.summary import (
+    critic_results,
+    critic_table,
+    draw_values,
+    policy_results,
+    print_critic,
+    print_stage,
+    print_title,
+    warn,
+)
+from dapo_trl.verifiers.math import math_reward
+
+
+if TYPE_CHECKING:
+    from dapo_trl.recipe import Recipe
+
+
+CURES = (
+    "Use more or easier problems, a stronger model, more solutions per problem, or a larger `max_new_tokens` if many "
+    "were truncated."
+)
+NO_SIGNAL = (
+    "No problem carries signal: there is no state whose next steps could be compared. Nothing was trained. " + CURES
+)
+STAGES = ("sample", "values", "critic", "score", "advantages", "train")
+_IDENTIFIED = ("model_name_or_path", "model_revision")  # fields that say which model, not how it is trained
+
+
+class _RaiseIfInterrupted(TrainerCallback):
+    """Ctrl-C ends a training at the next step, also if somebody swallowed the exception."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        raise_if_interrupted()
+
+
+class Iteration:
+    """
+    One pass of the method.
+
+    Args:
+        recipe ([`~dapo_trl.recipe.Recipe`]):
+            The run.
+        number (`int`):
+            Iteration, from 0.
+        folder (`Path`):
+            Its place.
+        generator (`str`):
+            Name or path of the policy that samples, and that is trained.
+        critic (`str`, *optional*):
+            The same of the model that the critic begins with. `None` takes the generator.
+    """
+
+    def __init__(self, recipe: "Recipe", number: int, folder: Path, generator: str, critic: str | None) -> None:
+        self.recipe = recipe
+        self.arguments = recipe.arguments
+        self.folder = folder
+        self.generator = generator
+        self.critic = critic or generator
+        self.config = self.arguments.rollout_config(number)
+        self.results: dict[str, Any] = {"dropped": {}}
+        self._is_main = PartialState().is_main_process
+
+    def run(self, until: str) -> dict[str, Any]:
+        """
+        Run all stages that are not done yet.
+
+        Args:
+            until (`str`):
+                Last stage to run.
+
+        Returns:
+            `dict`: results, see [`~dapo_trl.recipe.Recipe.run`].
+        """
+        stages = STAGES[: STAGES.index(until) + 1]
+        sampled = self._sample()
+        self._look_at_signal(sampled.manifest["counts"]["problems_with_signal"], stages)
+        if "values" not in stages:
+            return self.results
+        values = self._value(sampled)
+        states = {}
+        if self.arguments.values in ("critic", "both") and "critic" in stages:
+            self._train_critic(values)
+            if "score" in stages:
+                states["critic"] = self._score(values)
+        if self.arguments.values in ("monte_carlo", "both") and "advantages" in stages:
+            states["monte_carlo"] = add_advantages(values.table("states"), "values")
+            self._write(states["monte_carlo"], "states_monte_carlo")
+        if "train" in stages:
+            for source, rows in states.items():
+                self._train_policy(source, rows, values.manifest["fingerprint"])
+        return self.results
+
+    # ---- Stages ----
+
+    def _sample(self) -> ShardStore:
+        print_title("Solutions")
+        a = self.arguments
+        problems, folder = self.recipe.problems["train"], self.folder / "sampled"
+        signal = a.num_problems_with_signal
+        sampled = sample_stage(problems, self._engine, math_reward, self.config, folder, a.shard_size, signal)
+        print_stage(sampled.manifest, sampled.was_complete)
+        self.recipe.publisher.stage(sampled)
+        self.results["dropped"]["sampled"] = sampled.manifest["counts"]
+        return sampled
+
+    def _look_at_signal(self, number: int, stages: tuple[str, ...]) -> None:
+        """Whether enough problems have right and wrong solutions, before their completions are drawn."""
+        if number == 0 and self._is_main:
+            warn("No problem has right and wrong solutions: there is nothing to learn from them. " + CURES)
+        if number == 1 and "critic" in stages and self.arguments.values != "monte_carlo":
+            raise ValueError(
+                "Only one problem has right and wrong solutions. A critic needs two at least: one to train on, and one "
+                f"to be measured on. {CURES} Or set `values: monte_carlo`, which needs no critic."
+            )
+
+    def _value(self, sampled: ShardStore) -> ShardStore:
+        print_title("Completions and values")
+        values = value_stage(sampled, self._engine, math_reward, self.config, self.folder / "values")
+        print_stage(values.manifest, values.was_complete)
+        self.recipe.publisher.stage(values)
+        self.results["dropped"]["values"] = values.manifest["counts"]
+        del self._engine
+        free_memory()
+        if not values.manifest["rows"]["states"]:
+            raise ValueError(NO_SIGNAL)
+        return values
+
+    @property
+    def _scored(self) -> Path:
+        return self.folder / "data" / "scored.json"
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return self.recipe.make_engine(self.generator)
+
+    def _write(self, rows: Dataset, name: str) -> Path:
+        path = self.folder / "data" / f"{name}.parquet"
+        if self._is_main:
+            path.parent.mkdir(exist_ok=True)
+            with temporary_file(path) as temporary:
+                rows.to_parquet(temporary)
+        return path
+
+    def _train_critic(self, values: ShardStore) -> None:
+        print_title("Critic", self.folder / "critic" / "stage.json")
+        solutions = values.table("solutions")
+        held_out = held_out_problems(solutions)
+
+        def make_trainer(args: dict[str, Any]) -> StepCriticTrainer:
+            return StepCriticTrainer(
+                self.critic,
+                StepCriticConfig(**args),
+                train_dataset=solutions.filter(lambda row: row["problem_id"] not in held_out),
+                eval_dataset=solutions.filter(lambda row: row["problem_id"] in held_out),
+                **self._trainer_arguments(),
+            )
+
+        settings = self._settings(self.arguments.critic, self.critic, values.manifest["fingerprint"])
+        results = self._train(make_trainer, self.arguments.critic, self.critic, self.folder / "critic", settings)
+        self.results["critic"] = results["metrics"]
+        self.results["dropped"]["critic"] = results["dropped"]
+
+    def _score(self, values: ShardStore) -> Dataset:
+        """Value all rows by the critic; measure it on the problems that it was not trained on."""
+        folder = self.folder / "critic"
+        critic = model_path(folder)
+
+        def compute() -> dict[str, Any]:
+            config = StepCriticConfig(str(folder), **self.recipe.training_arguments(self.arguments.critic, critic))
+            trainer = StepCriticTrainer(model=critic, args=config, processing_class=self.recipe.tokenizer)
+            scored = {name: trainer.predict_values(values.table(name)) for name in ("solutions", "states")}
+            scored["states"] = add_advantages(scored["states"], "critic_values")
+            for name, rows in scored.items():
+                self._write(rows, f"{name}_critic")
+            held_out = held_out_problems(scored["solutions"])
+            unseen = scored["states"].filter(lambda row: row["problem_id"] in held_out)
+            ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=TOLD_APART)
+            if self._is_main:
+                draw_values(scored["solutions"], self.folder / "values.png")
+            return {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs, "num_held_out": len(held_out)}
+
+        settings = {
+            "critic": made_how(critic),
+            "weights": weights_hash(critic),
+            "values": values.manifest["fingerprint"],
+        }
+        results = run_once(self._scored, settings, compute, self._is_main)
+        self.results["critic"] |= results
+        print_critic(self.results["critic"])
+        free_memory()
+        if self._is_main:
+            metrics, problems = self.results["critic"], self.recipe.publisher.problems
+            add_card_results(str(folder), critic_table(metrics), critic_results(metrics, problems))
+        self.recipe.publisher.model(folder)
+        data = self._scored.parent
+        cure = f"Delete {self._scored} to score the rows again"
+        return read_tables({data / "states_critic.parquet": cure}, data / ".cache")
+
+    def _train_policy(self, source: str, rows: Dataset, values: str) -> None:
+        title = f"{source.replace('_', ' ')} values"
+        folder = self.folder / policy_folder(source)
+        print_title(f"Policy, {title}", folder / "stage.json")
+
+        def make_trainer(args: dict[str, Any]) -> DAPOTrainer:
+            config = DAPOConfig(**args)
+            return DAPOTrainer(self.generator, args=config, train_dataset=rows, **self._trainer_arguments())
+
+        settings = self._settings(self.arguments.policy, self.generator, values)
+        if source == "critic":
+            scored = read_json(self._scored, ["config"], cure="Delete it to do this step again")
+            settings |= {"scored": scored["config"]}
+        results = self._train(make_trainer, self.arguments.policy, self.generator, folder, settings)
+        self.results["dropped"][f"policy_{source}"] = results["dropped"]
+        after = self.recipe.evaluate(title, model_path(folder), folder / "accuracy.json")
+        self.results[f"policy_{source}"] = after
+        if self._is_main:
+            add_card_results(
+                str(folder),
+                results_table(self.recipe.results["before"], after),
+                policy_results(after, self.recipe.publisher.problems, self.arguments.dataset_test_split),
+            )
+        self.recipe.publisher.model(folder)
+
+    # ---- Training ----
+
+    def _train(
+        self,
+        make_trainer: Callable[[dict[str, Any]], Any],
+        given: dict[str, Any],
+        model: str,
+        folder: Path,
+        settings: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Train a model in its folder, unless that is done; from its last checkpoint, if there is one."""
+
+        def compute() -> dict[str, Any]:
+            trainer = make_trainer({"output_dir": str(folder), **self.recipe.training_arguments(given, model)})
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder, settings))
+            metrics = {} if trainer.eval_dataset is None else trainer.evaluate()
+            self._save(trainer)
+            return {"metrics": metrics, "dropped": trainer.preprocessing_report}
+
+        results = run_once(folder / "stage.json", settings, compute, self._is_main)
+        free_memory()
+        return results
+
+    def _trainer_arguments(self) -> dict[str, Any]:
+        """What both trainers get."""
+        return {
+            "processing_class": self.recipe.tokenizer,
+            "quantization_config": get_quantization_config(self.recipe.model_config),
+            "peft_config": get_peft_config(self.recipe.model_config),
+            "callbacks": [_RaiseIfInterrupted()],
+        }
+
+    def _settings(self, given: dict[str, Any], model: str, rows: str) -> dict[str, Any]:
+        changed = changed_fields(self.recipe.model_config)
+        return {
+            "seed": self.arguments.seed,
+            "model_config": {name: value for name, value in changed.items() if name not in _IDENTIFIED},
+            "arguments": given,
+            "model": identify(model, self.recipe.revision_of(model)),
+            "rows": rows,
+        }
+
+    def _save(self, trainer: Any) -> None:
+        """The model and its card; of an adapter also the model that it makes, for the stages that follow."""
+        folder = Path(trainer.args.output_dir)
+        trainer.save_model()
+        publisher = self.recipe.publisher
+        name = publisher.model_name(folder)
+        trainer.hub_model_id = name if self.arguments.push_to_hub else None
+        trainer.create_model_card(
+            name.rpartition("/")[2],
+            [publisher.dataset_name(self.folder / "values"), *([publisher.problems] if publisher.problems else [])],
+            critic_name=publisher.model_name(self.folder / "critic") if folder.name == "policy" else None,
+            recipe=publisher.settings(),
+        )
+        if self._is_main and is_peft_model(trainer.model):
+            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+            merged.save_pretrained(folder / "merged")
+            self.recipe.tokenizer.save_pretrained(folder / "merged")
+
+
+def held_out_problems(solutions: Dataset) -> set[str]:
+    """
+    Every tenth problem: the critic is measured on them and not trained on them.
+
+    Args:
+        solutions ([`~datasets.Dataset`]):
+            Rows with `problem_id`.
+
+    Returns:
+        `set[str]`: their `problem_id`.
+    """
+    return set(list(dict.fromkeys(solutions["problem_id"]))[::10])
+
+
+def results_table(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """
+    Accuracies for a card.
+
+    Args:
+        before (`dict`):
+            Fields of [`~dapo_trl.evaluation.Evaluation`], of the policy before training.
+        after (`dict`):
+            The same of the trained policy.
+
+    Returns:
+        `dict`: row -> column -> text.
+    """
+    k = after["k"]
+    names = {"greedy": "greedy", f"mean@{k}": "mean_at_k", f"pass@{k}": "pass_at_k"}
+    return {
+        f"{title}, {after['num_problems']:,} held-out problems": {
+            "before": str(Estimate(**before[name])),
+            "after": str(Estimate(**after[name])),
+        }
+        for title, name in names.items()
+    }
+
+
+def free_memory() -> None:
+    """Give back what deleted models held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

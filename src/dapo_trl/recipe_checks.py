@@ -1,0 +1,154 @@
+"""
+What is refused before anything is sampled, because it would fail after hours: settings of training that no trainer
+takes, reports that nobody can receive, adapters that do not fit, models in parts that cannot be sampled from.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers.integrations import get_reporting_integration_callbacks
+from trl import get_peft_config
+
+from dapo_trl.model_identity import weight_files
+from dapo_trl.recipe_arguments import trainer_configs
+from dapo_trl.settings import SettingsError
+
+
+if TYPE_CHECKING:
+    from dapo_trl.recipe import Recipe
+
+
+_LARGEST_SEED = 2**32 - 1  # of NumPy
+
+
+def refuse_bad_training(recipe: "Recipe") -> None:
+    """
+    Refuse what a trainer would refuse.
+
+    Args:
+        recipe ([`~dapo_trl.recipe.Recipe`]):
+            The run.
+
+    Raises:
+        SettingsError: if a section cannot be used; the message names it.
+    """
+    for section, kind in trainer_configs().items():
+        given = getattr(recipe.arguments, section)
+        try:
+            args = kind(str(recipe.folder / section), **recipe.training_arguments(given, recipe.model))
+            if not 0 <= args.seed <= _LARGEST_SEED:
+                raise ValueError(f"`seed` must be from 0 to {_LARGEST_SEED}, got {args.seed}.")
+            if section == "policy" and str(args.eval_strategy.value) != "no":
+                raise ValueError(
+                    "`eval_strategy` needs rows to evaluate on, which the policy has none of: a run measures its "
+                    "accuracy instead. Remove it."
+                )
+            _refuse_reports(args.report_to)
+            _refuse_parts(recipe, args)
+        except (TypeError, ValueError, ImportError, RuntimeError) as error:
+            raise SettingsError(f"`{section}`: {error}") from error
+
+
+def _refuse_reports(names: Any) -> None:
+    """Refuse a place for metrics that is unknown, not installed or closed."""
+    try:
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"`report_to` is {names}: {error}") from error
+    if "wandb" in (names or []) and not _is_wandb_ready():
+        raise ValueError(
+            "`report_to` is 'wandb', but nobody is logged in. Call `wandb login`, or set WANDB_API_KEY, or "
+            "WANDB_MODE=offline."
+        )
+
+
+def _is_wandb_ready() -> bool:
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
+        return True
+    if parse_flag_from_env("WANDB_DISABLED") or os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    return bool(wandb.api.api_key)
+
+
+def _refuse_parts(recipe: "Recipe", args: Any) -> None:
+    """Refuse models whose weights lie in parts on several GPUs where one GPU needs them whole."""
+    plugin = args.deepspeed_plugin
+    is_zero3 = plugin is not None and plugin.zero_stage == 3
+    is_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    name = "DeepSpeed ZeRO-3" if is_zero3 else "FSDP"
+    if not (is_zero3 or is_fsdp):
+        return
+    if recipe.model_config.use_peft:
+        raise ValueError(
+            f"{name} keeps the model in parts, but the adapter of `use_peft` is merged into a whole one after "
+            "training. Use DeepSpeed ZeRO-2."
+        )
+    if recipe.arguments.engine == "transformers" and (
+        is_zero3 or parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    ):
+        cure = "" if is_zero3 else ", or `fsdp_cpu_ram_efficient_loading: false`"
+        raise ValueError(
+            f"{name} loads the model in parts, but `engine: transformers` samples in every process with a whole one. "
+            f"Use DeepSpeed ZeRO-2{cure}, or servers (`engine: openai`)."
+        )
+
+
+def refuse_empty_folder(name: str, model: str | None) -> None:
+    """
+    Refuse a folder that holds no model.
+
+    Args:
+        name (`str`):
+            Argument that names it.
+        model (`str`, *optional*):
+            Name or path of a model.
+
+    Raises:
+        SettingsError: if it is a folder without weights.
+    """
+    folder = Path(model or "")
+    if not model or not folder.is_dir():
+        return
+    if not weight_files(model):
+        raise SettingsError(f"`{name}` is {model!r}, a folder without weights: no `*.safetensors`. Check the path.")
+    if not (folder / "config.json").exists() and (folder / "merged").exists():
+        merged = str(folder / "merged")
+        raise SettingsError(f"`{name}` is {model!r}, an adapter. The model that it makes is {merged!r}: name that.")
+
+
+def refuse_misfit_adapter(recipe: "Recipe") -> None:
+    """
+    Refuse an adapter that does not fit the models, without loading their weights.
+
+    Args:
+        recipe ([`~dapo_trl.recipe.Recipe`]):
+            The run.
+
+    Raises:
+        SettingsError: if there is one.
+    """
+    if get_peft_config(recipe.model_config) is None:
+        return
+    from peft import get_peft_model
+
+    a = recipe.arguments
+    models: list[tuple[str, Any]] = [(recipe.model, AutoModelForCausalLM)]
+    if a.values != "monte_carlo":
+        models.append((a.critic_model_name_or_path or recipe.model, AutoModelForTokenClassification))
+    for model, kind in models:
+        trusted: Any = {"trust_remote_code": a.trust_remote_code}
+        config = AutoConfig.from_pretrained(model, revision=recipe.revision_of(model), **trusted)
+        with torch.device("meta"):
+            empty = kind.from_config(config, **trusted)
+        adapter: Any = get_peft_config(recipe.model_config)
+        try:
+            get_peft_model(empty, adapter)
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"`use_peft`: the adapter does not fit {model!r}: {error}") from error
