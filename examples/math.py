@@ -47,7 +47,7 @@ from dapo_trl.cli import main
 
 def choose_recipe(arguments: list[str]) -> str:
     """The demo's recipe, or the paper's for a model that is given."""
-    names = {argument.partition("=")[0] for argument in arguments}
+    names = {"--" + argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
     if "--model_name_or_path" in names:
         return os.path.join(HERE, "recipes", "paper.yaml")
     if "--dataset_name" in names:

@@ -22,7 +22,7 @@ def write(folder, text, name="recipe.yaml"):
     return str(path)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], []])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["env", "--help"], ["--version"], []])
 def test_help_answers_at_once(arguments):
     """Within a second (the best of three on a busy machine), and without importing torch."""
     code = (
@@ -77,7 +77,26 @@ def test_versions_for_bug_reports(capsys):
         (["run", RECIPE, "--seed"], "--seed: expected one argument"),
         (["run", RECIPE, "--seed", "one"], "--seed: invalid int value: 'one'"),
         (["run", RECIPE, "--values", "guesses"], "--values: invalid choice: 'guesses'"),
-        (["run", RECIPE, "--num_solutions", "0"], "`num_solutions` must be at least 1, got 0"),
+        (["run", RECIPE, "--num_solutions", "0"], "`num_solutions` must be at least 2, got 0. Right and wrong"),
+        (["run", RECIPE, "--num_solutions", "1"], "`num_solutions` must be at least 2, got 1"),
+        (["run", RECIPE, "--num_kept", "9"], "Cannot keep 9 of 8 solutions. Lower `num_kept`"),
+        (["run", RECIPE, "--temperature", "0"], "`temperature` must be positive: greedy solutions"),
+        (["run", RECIPE, "--seed", "-1"], "`seed` must be at least 0, got -1"),
+        (["run", RECIPE, "--shard_size", "0"], "`shard_size` must be at least 1, got 0"),
+        (["run", RECIPE, "--num_problems_with_signal", "0"], "`num_problems_with_signal` must be at least 1, got 0"),
+        (["run", RECIPE, "--num_train_problems", "0"], "`num_train_problems` must be at least 1, got 0"),
+        (["run", RECIPE, "--policy.beta", "0"], "`policy`: `beta` must be positive, got 0.0"),
+        (["run", RECIPE, "--policy.eval_strategy", "steps"], "`policy`: `eval_strategy` needs rows to evaluate on"),
+        (["run", RECIPE, "--critic.per_device_train_batch_size", "0"], "`critic`: `per_device_train_batch_size` must"),
+        (["run", RECIPE, "--policy.gradient_accumulation_steps", "0"], "`policy`: `gradient_accumulation_steps` mus"),
+        (["run", RECIPE, "--critic.optim", "sgdd"], "`critic`: sgdd is not a valid OptimizerNames"),
+        (["run", RECIPE, "--critic.seed", "-1"], "`critic`: `seed` must be from 0 to 4294967295, got -1"),
+        (["run", RECIPE, "--report_to", "foo"], "`critic`: `report_to` is ['foo']: foo is not supported, only"),
+        (["run", RECIPE, "--model_name_or_path", "./nowhere"], "`model_name_or_path` is './nowhere', but there is no"),
+        (["run", RECIPE, "--model_name_or_path", "./docs"], "`model_name_or_path` is './docs', a folder without weig"),
+        (["run", RECIPE, "--critic_model_name_or_path", "/nowhere"], "`critic_model_name_or_path` is '/nowhere', but"),
+        (["critic", RECIPE, "--values", "monte_carlo"], "`dapo-trl critic` has nothing to do: with `values: monte_c"),
+        (["score", RECIPE, "--values=monte_carlo"], "`dapo-trl score` has nothing to do"),
         (["run", RECIPE, "--policy.bta", "1"], "`policy` has no entry 'bta'; did you mean 'beta'?"),
         (["run", RECIPE, "--critic.beta", "1"], "`critic` has no entry 'beta'"),
         (["run", RECIPE, "--policy.beta", "high"], "`policy.beta` must be a number, got 'high'"),
@@ -87,7 +106,8 @@ def test_versions_for_bug_reports(capsys):
         (["run", RECIPE, "--policy.output_dir", "x"], "`policy.output_dir` is a folder of `output_dir`"),
     ],
 )
-def test_wrong_command_lines(capsys, arguments, message):
+def test_wrong_command_lines(capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(REPOSITORY)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -119,6 +139,8 @@ def test_wrong_command_lines(capsys, arguments, message):
         ),
         ("server:\n  timout: 3", "`server` has no entry 'timout'; did you mean 'timeout'?"),
         ("server:\n  timeout: 3", "`server` is about `engine=\"openai\"`, not 'transformers'"),
+        ("seed: 1\nvalues: both\nseed: 1", "recipe.yaml, line 3: 'seed' is set already, in line 1"),
+        ("critic:\n  seed: 1\n  seed: 2", "recipe.yaml, line 3: 'seed' is set already, in line 2"),
         ("env: 3", "`env` must hold variables"),
         ("iterations: 0", "`iterations` must be at least 1"),
     ],
@@ -156,16 +178,20 @@ def test_an_empty_section(tmp_path):
 
 
 def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
-    """Those that begin with a dot; names on the Hub and what the command line says stay as they are."""
+    """Those that begin with a dot, the run's folder too; names on the Hub and the command line's stay as they are."""
     (tmp_path / "recipes").mkdir()
     (tmp_path / "model").mkdir()
     write(tmp_path, "", "problems.py")
     text = "model_name_or_path: ../model\ndataset_name: ../problems.py:make\ncritic_model_name_or_path: org/critic\n"
+    text += "output_dir: ./runs/mine\n"
     path = write(tmp_path / "recipes", text)
     recipe, model = parse_recipe(path)
     assert model.model_name_or_path == str(tmp_path / "model")
     assert recipe.dataset_name == f"{tmp_path / 'problems.py'}:make"
     assert recipe.critic_model_name_or_path == "org/critic"
+    assert recipe.output_dir == str(tmp_path / "recipes" / "runs" / "mine")
+    assert parse_recipe(path, ["--output_dir", "./runs"])[0].output_dir == "./runs"
+    assert parse_recipe(write(tmp_path, "output_dir: runs/mine", "plain.yaml"))[0].output_dir == "runs/mine"
     monkeypatch.chdir(tmp_path)
     assert parse_recipe("recipes/recipe.yaml")[1].model_name_or_path == "model"
     assert parse_recipe(path, ["--model_name_or_path", "../other"])[1].model_name_or_path == "../other"
@@ -183,18 +209,48 @@ def test_environment_of_a_recipe(tmp_path, monkeypatch):
     assert os.environ["DAPO_TRL_TEST"] == "3"
 
 
+def test_environment_is_set_before_anything_reads_it(tmp_path):
+    """Such as `HF_HOME`, which libraries read once, when they are imported."""
+    path = write(tmp_path, f"env: {{HF_HOME: {tmp_path / 'cache'}}}\nmodel_name_or_path: {REPOSITORY}/nowhere\n")
+    code = (
+        "import sys; from dapo_trl.cli import main; code = main(sys.argv[1:]);"
+        "from huggingface_hub.constants import HF_HOME; from datasets.config import HF_CACHE_HOME;"
+        "print(HF_HOME, HF_CACHE_HOME); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "run", path], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "cache")] * 2
+
+
+def test_reports_that_nobody_receives(capsys, monkeypatch):
+    """A service without a login."""
+    pytest.importorskip("wandb")
+    for name in ("WANDB_DISABLED", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    import wandb
+
+    monkeypatch.setattr(type(wandb.api), "api_key", None)
+    arguments = ["run", RECIPE, "--dry-run", "--report_to", "wandb"]
+    assert main(arguments) == 2
+    assert "`report_to` is 'wandb', but nobody is logged in" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main(arguments) == 0
+
+
 def test_traceback_on_request(tmp_path, capsys, monkeypatch):
     """Errors in the data are one message, unless the traceback is asked for; what nobody expected always has one."""
     import dapo_trl.recipe
 
-    arguments = ["run", RECIPE, "--model_name_or_path", "/nowhere"]
+    arguments = ["run", RECIPE, "--dataset_name", "nowhere.jsonl"]
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert "`model_name_or_path` is '/nowhere', but there is no such file or folder" in error
-    assert "DAPO_TRL_TRACEBACK=1" in error
+    assert "`dataset_name` is 'nowhere.jsonl', but there is no such file" in error
+    assert "DAPO_TRL_TRACEBACK" not in error  # what the library says itself needs no place in the code
     monkeypatch.setenv("DAPO_TRL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="nowhere"):
         main(arguments)
+    with pytest.raises(ValueError, match="shard_size"):
+        main(["run", RECIPE, "--shard_size", "0"])
     monkeypatch.delenv("DAPO_TRL_TRACEBACK")
 
     def fail(*args):
@@ -205,6 +261,9 @@ def test_traceback_on_request(tmp_path, capsys, monkeypatch):
     with pytest.raises(KeyError) as caught:
         main(arguments)
     assert "Please report it" in caught.value.__notes__[0]
+    error = RuntimeError("of another library")
+    assert main(arguments) == 1
+    assert "DAPO_TRL_TRACEBACK=1" in capsys.readouterr().err
     error = KeyboardInterrupt()
     assert main(arguments) == 130
     assert "goes on where it was" in capsys.readouterr().err

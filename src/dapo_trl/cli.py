@@ -15,7 +15,8 @@ from typing import Any
 
 from dapo_trl._version import __version__
 from dapo_trl.interrupts import noted_interrupts
-from dapo_trl.settings import did_you_mean, read_settings
+from dapo_trl.recipe_arguments import SECTIONS
+from dapo_trl.settings import SettingsError, did_you_mean, read_settings
 
 
 COMMANDS = {
@@ -30,10 +31,11 @@ COMMANDS = {
     "inspect": "the states of one problem of a run in the terminal, steps coloured by value",
     "env": "versions of everything, for bug reports",
 }
-_PATHS = ("model_name_or_path", "critic_model_name_or_path", "dataset_name")
+_PATHS = ("model_name_or_path", "critic_model_name_or_path", "dataset_name")  # of what must be there
+_NEED_A_CRITIC = ("critic", "score")
 
 
-class UsageError(ValueError):
+class UsageError(SettingsError):
     """The command line or the recipe cannot be used."""
 
 
@@ -46,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Command line without the program's name. `None` takes the process's own.
 
     Returns:
-        `int`: exit code; 0 if all went well, 1 for an error in the data or on the way, 2 for a wrong command line.
+        `int`: exit code; 0 if all went well, 1 for an error in the data or on the way, 2 for a setting that cannot be
+        used, in the recipe or on the command line, 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -61,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(f"There is no command {command!r}{did_you_mean(command, COMMANDS)}")
         with noted_interrupts():
             _run(command, rest)
-    except UsageError as error:
+    except SettingsError as error:
+        if os.environ.get("DAPO_TRL_TRACEBACK"):
+            raise
         print(f"dapo-trl: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -74,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("DAPO_TRL_TRACEBACK"):
             raise
         print(f"dapo-trl: {_explain(error)}", file=sys.stderr)
-        print("Set DAPO_TRL_TRACEBACK=1 to see where this happened.", file=sys.stderr)
+        if not _is_own(error):
+            print("Set DAPO_TRL_TRACEBACK=1 to see where this happened.", file=sys.stderr)
         return 1
     return 0
 
@@ -83,6 +89,14 @@ def _is_expected(error: Exception) -> bool:
     """Whether bad input, a machine or a network can be the reason; what is left is a mistake of the library."""
     from_files = type(error).__module__.partition(".")[0] in ("datasets", "safetensors", "pyarrow", "huggingface_hub")
     return from_files or isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether this library says what is wrong, so that the place in the code would tell nothing more."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "dapo_trl"
 
 
 def _explain(error: BaseException) -> str:
@@ -94,12 +108,12 @@ def _explain(error: BaseException) -> str:
 
 
 def _run(command: str, arguments: list[str]) -> None:
-    if command == "env":
-        _print_env()
-    elif command == "inspect":
+    if command == "inspect":
         _inspect(arguments)
     elif {"-h", "--help"} & set(arguments):
-        print(_command_help(command))
+        print(f"usage: dapo-trl env\n\n{COMMANDS[command]}" if command == "env" else _command_help(command))
+    elif command == "env":
+        _print_env()
     else:
         _run_recipe(command, arguments)
 
@@ -109,9 +123,12 @@ def _run_recipe(command: str, arguments: list[str]) -> None:
         raise UsageError(f"Name a recipe: dapo-trl {command} recipe.yaml")
     is_dry = "--dry-run" in arguments
     given = [argument for argument in arguments[1:] if argument != "--dry-run"]
+    settings, model_config = parse_recipe(arguments[0], given)  # sets the environment, before much is imported
+    if command in _NEED_A_CRITIC and settings.values == "monte_carlo":
+        raise UsageError(f"`dapo-trl {command}` has nothing to do: with `values: monte_carlo` there is no critic.")
     from dapo_trl.recipe import Recipe
 
-    recipe = Recipe(*parse_recipe(arguments[0], given))
+    recipe = Recipe(settings, model_config)
     if is_dry:
         from dapo_trl.estimate import print_estimate
 
@@ -130,7 +147,8 @@ def parse_recipe(path: str, arguments: Sequence[str] = ()) -> tuple[Any, Any]:
     Args:
         path (`str`):
             YAML file with arguments of [`~dapo_trl.recipe_arguments.RecipeArguments`] and [`~trl.ModelConfig`]. Paths
-            that begin with a dot are relative to it.
+            that begin with a dot are relative to it, also `output_dir`. Its variables `env` are set before anything
+            is imported that might read them.
         arguments (sequence of `str`, *optional*):
             Arguments of a command line, which go first: `--seed 1`, `--policy.beta 0.1` for an entry of a section.
 
@@ -138,21 +156,21 @@ def parse_recipe(path: str, arguments: Sequence[str] = ()) -> tuple[Any, Any]:
         `tuple[RecipeArguments, ModelConfig]`.
 
     Raises:
-        UsageError: if the file is no YAML, or an argument is unknown or of the wrong kind.
-        ValueError: if there is nothing at a path of the file.
+        SettingsError: if the file is no YAML, an argument is unknown or of the wrong kind, or there is nothing at a
+            path of the file.
     """
+    settings = _read_yaml(path)
+    _set_environment(path, settings.pop("env", None) or {})
     from trl import ModelConfig, TrlParser
 
     from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
 
     kinds: Any = [RecipeArguments, ModelConfig]  # TRL's annotation knows one type of dataclass at a time
-    settings = _read_yaml(path)
-    _set_environment(path, settings.pop("env", None) or {})
     try:
         settings = read_settings(settings, *kinds)
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from error
-    relative = [name for name in _PATHS if (settings.get(name) or "").startswith(".")]
+    relative = [name for name in (*_PATHS, "output_dir") if (settings.get(name) or "").startswith(".")]
     for name in relative:
         settings[name] = os.path.normpath(Path(path).parent / settings[name])
     plain = _with_sections(settings, arguments)
@@ -163,7 +181,7 @@ def parse_recipe(path: str, arguments: Sequence[str] = ()) -> tuple[Any, Any]:
         recipe, model_config = parser.parse_args_into_dataclasses(plain, look_for_args_file=False)
     except (argparse.ArgumentError, ValueError) as error:
         raise UsageError(str(error)) from error
-    for name in relative:
+    for name in set(relative) & set(_PATHS):
         value = getattr(model_config if name == "model_name_or_path" else recipe, name)
         if value == settings[name]:  # not set anew by the command line
             refuse_missing_path(name, os.path.join(os.curdir, value))
@@ -183,7 +201,7 @@ def _with_sections(settings: dict[str, Any], arguments: Sequence[str]) -> list[s
     for argument in waiting:
         option, has_value, value = argument.partition("=")
         section, _, name = option.removeprefix("--").partition(".")
-        if not option.startswith("--") or section not in ("critic", "policy", "server", "estimate"):
+        if not option.startswith("--") or section not in SECTIONS:
             rest.append(argument)
             continue
         text = value if has_value else next(waiting, None)
@@ -218,13 +236,29 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UsageError(f"There is no recipe {path!r}. Check the path.")
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        _refuse_repetitions(path, yaml.compose(text, yaml.SafeLoader))
+        settings = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no YAML: {error}") from error
     if not isinstance(settings, dict):
         held = "nothing" if settings is None else f"a {type(settings).__name__}"
         raise UsageError(f"{path} must hold settings, `name: value` a line, but holds {held}.")
     return settings
+
+
+def _refuse_repetitions(path: str, node: Any) -> None:
+    """YAML takes the last of several entries of one name, and forgets the others without a word."""
+    lines: dict[str, int] = {}
+    for child in node.value if getattr(node, "id", "") in ("mapping", "sequence") else []:
+        key, value = child if isinstance(child, tuple) else (None, child)
+        if key is not None and key.id == "scalar":
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                first = lines[key.value]
+                raise UsageError(f"{path}, line {line}: {key.value!r} is set already, in line {first}. Remove one.")
+            lines[key.value] = line
+        _refuse_repetitions(path, value)
 
 
 def _inspect(arguments: list[str]) -> None:
