@@ -137,7 +137,7 @@ def test_wrong_command_lines(capsys, monkeypatch, arguments, message):
             "policy:\n  gradient_checkpointing: 3",
             "`policy.gradient_checkpointing` must be true or false, got 3",
         ),
-        ("server:\n  timout: 3", "`server` has no entry 'timout'; did you mean 'timeout'?"),
+        ("server:\n  timeout_: 3", "`server` has no entry 'timeout_'; did you mean 'timeout'?"),
         ("server:\n  timeout: 3", "`server` is about `engine=\"openai\"`, not 'transformers'"),
         ("seed: 1\nvalues: both\nseed: 1", "recipe.yaml, line 3: 'seed' is set already, in line 1"),
         ("critic:\n  seed: 1\n  seed: 2", "recipe.yaml, line 3: 'seed' is set already, in line 2"),
@@ -241,10 +241,10 @@ def test_traceback_on_request(tmp_path, capsys, monkeypatch):
     """Errors in the data are one message, unless the traceback is asked for; what nobody expected always has one."""
     import dapo_trl.recipe
 
-    arguments = ["run", RECIPE, "--dataset_name", "nowhere.jsonl"]
+    arguments = ["run", RECIPE, "--dataset_name", "nowhere.py:make"]
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert "`dataset_name` is 'nowhere.jsonl', but there is no such file" in error
+    assert "The problems are to come from nowhere.py, but there is no such file" in error
     assert "DAPO_TRL_TRACEBACK" not in error  # what the library says itself needs no place in the code
     monkeypatch.setenv("DAPO_TRL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="nowhere"):

@@ -36,6 +36,8 @@ def test_demo_in_small(tmp_path):
     for text in ("Accuracy on 16 held-out problems", "skill", "Time and tokens per stage", "critic values", "left out"):
         assert text in done.stdout, text
     run = tmp_path / "run"
+    assert f"dapo-trl inspect {run}\n" in done.stdout  # what to look at next
+    assert f"{run / 'values.png'}\n" in done.stdout.rpartition("dapo-trl inspect")[2]
     results = json.loads((run / "results.json").read_text())
     assert 0 <= results["before"]["greedy"]["low"] <= results["before"]["greedy"]["mean"] <= 1
     assert results["stages"]["sampled"]["tokens"] > 0
@@ -113,6 +115,7 @@ def test_gsm8k_without_signal(tmp_path, data_dir, random_model):
         (["--dataset_name", "nowhere.jsonl", "--model_name_or_path", str(STUDENT)], "there is no such file"),
         (["--model_name_or_path", "./nowhere", "--dataset_name", "some.jsonl"], "nowhere"),
         (["--values", "guesses"], "invalid choice: 'guesses'"),
+        (["--dataset-name", "nowhere.jsonl", "--model-name-or-path=nowhere/model"], "'nowhere/model', which cannot be"),
         (["--dataset_name", "some.jsonl"], "`--dataset_name` needs `--model_name_or_path`"),
         (["--model_name_or_path", str(STUDENT)], "`dataset_name` is missing"),
         (["--prompt_template", "Q:"], "`prompt_template` must contain {question}"),

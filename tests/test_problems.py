@@ -41,6 +41,11 @@ def test_a_chat_template_makes_conversations(good):
     assert [message["role"] for message in prompt] == ["user"]
 
 
+def test_fewer_problems_than_asked_for(good, caplog):
+    assert len(load_problems(str(good), make_tokenizer(), num_train=100, num_test=4)["train"]) == 4
+    assert "good.jsonl has 4 problems to train on; `num_train_problems` asks for 100." in caplog.text
+
+
 def test_problems_of_a_function():
     """The demo's, and its numbers and splits."""
     name = f"{STUDENT / 'arithmetic.py'}:make_problems"

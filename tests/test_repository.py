@@ -91,6 +91,26 @@ def test_map_of_the_code_is_complete():
         assert (REPOSITORY / name).exists() or (REPOSITORY / "src" / "dapo_trl" / name).exists(), name
 
 
+def test_fields_of_sampling_are_documented():
+    """Each with its default's place in the docs; the columns of problems; all commands."""
+    from dataclasses import fields
+
+    from dapo_trl.cli import COMMANDS
+    from dapo_trl.engines import SamplingConfig
+    from dapo_trl.problems import _ANSWER_COLUMNS, _QUESTION_COLUMNS
+    from dapo_trl.rollouts import RolloutConfig
+
+    pipeline = (REPOSITORY / "docs" / "pipeline.md").read_text()
+    for entry in (*fields(RolloutConfig), *fields(SamplingConfig)):
+        assert f"`{entry.name}`" in pipeline, entry.name
+    for column in (*_QUESTION_COLUMNS, *_ANSWER_COLUMNS):
+        assert f"`{column}`" in pipeline and f"`{column}`" in README, column
+    for command in COMMANDS:
+        assert f"`{command}`" in pipeline or f"dapo-trl {command}" in pipeline, command
+    for command in ("run recipe.yaml --dry-run", "inspect", "eval", "env"):
+        assert f"dapo-trl {command}" in README, command
+
+
 def test_paper_map_is_true():
     """Functions and tests of the map exist."""
     text = (REPOSITORY / "docs" / "paper_map.md").read_text()

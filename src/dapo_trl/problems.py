@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from dapo_trl.settings import SettingsError
 from dapo_trl.tokenization import TEMPLATE_COLUMNS, encode_prompt, template_arguments
 from dapo_trl.verifiers import check_answers
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 _KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _QUESTION_COLUMNS = ("question", "problem", "prompt")
 _ANSWER_COLUMNS = ("answer", "solution", "target")
+_OTHER_FILES = (".txt", ".tsv", ".xlsx", ".arrow", ".yaml", ".yml", ".zip", ".gz")
+_ROW = "__row__"  # where a row stands in its split, from 1
 
 
 def load_problems(
@@ -70,6 +73,10 @@ def load_problems(
     """
     path, _, function = name.partition(":")
     if path.endswith(".py"):
+        if not function:
+            raise SettingsError(
+                f"`dataset_name` is {name!r}. Name the function that makes the problems: {name}:function"
+            )
         make_problems = _import_function(Path(path), function)
         if num_train is None or num_test is None:
             raise ValueError(f"How many problems shall {name} make? Set their numbers for training and evaluation.")
@@ -81,7 +88,7 @@ def load_problems(
         except Exception as error:
             raise ValueError(f"{name} failed: {type(error).__name__}: {error}") from error
         return _checked(Dataset.from_list(made["train"]), Dataset.from_list(made["test"]), num_test, name)
-    parts = _read(name, config, train_split)
+    parts = {split: _with_places(rows) for split, rows in _read(name, config, train_split).items()}
     if test_split in parts:
         train, test = parts[train_split], parts[test_split]
     else:
@@ -91,7 +98,9 @@ def load_problems(
     # Seeded, so that a smaller number of problems is a sample of all of them.
     train, test = _first(train.shuffle(seed=seed), num_train), test.shuffle(seed=seed)
     _refuse_empty(train, test, name)
-    train, test = (_as_problems(part, prompt_template, tokenizer) for part in (train, test))
+    if num_train is not None and len(train) < num_train:
+        logger.warning(f"{name} has {len(train)} problems to train on; `num_train_problems` asks for {num_train}.")
+    train, test = (_as_problems(part, prompt_template, tokenizer, name) for part in (train, test))
     return _checked(train, test, num_test, name)
 
 
@@ -179,9 +188,13 @@ def _import_function(path: Path, name: str) -> Callable[..., list[dict[str, Any]
 
 
 def _read(name: str, config: str | None, train_split: str) -> DatasetDict:
-    kind = _KINDS.get(Path(name).suffix)
+    suffix = Path(name).suffix
+    kind = _KINDS.get(suffix)
+    if kind is None and (suffix in _OTHER_FILES or Path(name).is_file()):
+        known = ", ".join(_KINDS)
+        raise SettingsError(f"`dataset_name` is {name!r}, which is none of the files that can be read: {known}.")
     if kind is not None and not Path(name).exists():
-        raise ValueError(f"`dataset_name` is {name!r}, but there is no such file. Check the path.")
+        raise SettingsError(f"`dataset_name` is {name!r}, but there is no such file. Check the path.")
     try:
         parts = load_dataset(kind, data_files=name) if kind is not None else load_dataset(name, config)
     except Exception as error:
@@ -192,18 +205,36 @@ def _read(name: str, config: str | None, train_split: str) -> DatasetDict:
     return parts
 
 
-def _as_problems(rows: Dataset, prompt_template: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _with_places(rows: Dataset) -> Dataset:
+    return rows.add_column(_ROW, range(1, len(rows) + 1))
+
+
+def _refuse_bad_cells(rows: Dataset, column: str, name: str) -> None:
+    """Refuse rows without a question or an answer, and questions that are no text."""
+    cells = list(zip(rows[_ROW], rows[column], strict=True))
+    empty = [row for row, cell in cells if cell in (None, [], "") or (isinstance(cell, str) and not cell.strip())]
+    if empty:
+        raise ValueError(
+            f"{name}: {len(empty)} of {len(cells)} rows have no {column}, the first is row {empty[0]}. Leave them out."
+        )
+    for row, cell in cells:
+        if column in _QUESTION_COLUMNS and not isinstance(cell, (str, list)):
+            raise ValueError(f"{name}: `{column}` must hold text, or a list of messages; in row {row} it is {cell!r}.")
+
+
+def _as_problems(rows: Dataset, prompt_template: str, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:
     """Rows with a question and an answer, as prompts: conversational if the tokenizer has a chat template."""
     question, answer = _find_column(rows, _QUESTION_COLUMNS), _find_column(rows, _ANSWER_COLUMNS)
-    dropped = [name for name in rows.column_names if name not in TEMPLATE_COLUMNS]
+    dropped = [column for column in rows.column_names if column not in TEMPLATE_COLUMNS]
+    for column in (question, answer):
+        _refuse_bad_cells(rows, column, name)
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt = row[question]
         if isinstance(prompt, str):
             prompt = prompt_template.replace("{question}", prompt)
             prompt = [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
-        given = None if row[answer] is None else str(row[answer])
-        return {"prompt": prompt, "answer": given, "problem_id": str(row.get("problem_id", index))}
+        return {"prompt": prompt, "answer": str(row[answer]), "problem_id": str(row.get("problem_id", index))}
 
     problems = rows.map(convert, with_indices=True, remove_columns=dropped, desc="Reading problems")
     return problems
@@ -213,7 +244,8 @@ def _find_column(rows: Dataset, names: tuple[str, ...]) -> str:
     for name in names:
         if name in rows.column_names:
             return name
-    raise ValueError(f"The data set needs a column named {' or '.join(map(repr, names))}, it has {rows.column_names}.")
+    given = [column for column in rows.column_names if column != _ROW]
+    raise ValueError(f"The data set needs a column named {' or '.join(map(repr, names))}, it has {given}.")
 
 
 def _first(rows: Dataset, number: int | None) -> Dataset:

@@ -35,7 +35,7 @@ from dapo_trl.recipe_checks import refuse_bad_training, refuse_empty_folder, ref
 from dapo_trl.run_folder import iteration_folder, made_how, model_path, policy_folder, refuse_closed_folder
 from dapo_trl.settings import SettingsError
 from dapo_trl.stages import process_state, rows_fingerprint
-from dapo_trl.summary import print_evaluation, print_results, print_title
+from dapo_trl.summary import print_evaluation, print_next, print_results, print_title
 from dapo_trl.verifiers.math import math_reward
 
 
@@ -122,6 +122,7 @@ class Recipe:
         self.results["arguments"] = dataclasses.asdict(self.arguments)
         self.results["stages"] = stage_times(self.folder, folders)
         print_results(self.results)
+        print_next(self.folder)
         if self._state.is_main_process:
             write_atomically(self.folder / "results.json", json.dumps(self.results, indent=2))
         return self.results

@@ -220,6 +220,23 @@ def print_results(results: dict[str, Any]) -> None:
     console.print(times)
 
 
+def print_next(folder: Path) -> None:
+    """
+    What to look at in a finished run.
+
+    Args:
+        folder (`Path`):
+            Folder of the run.
+    """
+    if not PartialState().is_main_process:
+        return
+    lines = [f"The states of a problem, with their values: dapo-trl inspect {folder}"]
+    if (folder / "values.png").exists():
+        lines.append(f"Values along some solutions: {folder / 'values.png'}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _evaluations(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {"before": results["before"]}
     iterations = results.get("iterations", [results])
