@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from conftest import make_policy, make_tokenizer, random_state_rows
 from dapo_trl import DAPOTrainer
@@ -243,3 +243,24 @@ def test_columns_need_no_reference(tmp_path):
     assert alive() is None
     assert not runs
     assert trainer.train_dataset["ref_logps"][:] == given["ref_logps"][:]
+
+
+def test_a_policy_in_parts_is_loaded_again(tmp_path, monkeypatch):
+    """As under ZeRO-3. What was changed since it was loaded is refused, as the copy would be another reference."""
+    monkeypatch.setattr("dapo_trl.dapo_trainer._is_partitioned", lambda model: True)
+    make_policy().save_pretrained(tmp_path / "policy")
+
+    def train(policy):
+        rows = Dataset.from_list(ROWS)
+        args = config(tmp_path, precompute_ref_log_probs=False, max_steps=1)
+        return DAPOTrainer(policy, args=args, train_dataset=rows, processing_class=TOKENIZER)
+
+    policy = AutoModelForCausalLM.from_pretrained
+    trainer = train(policy(tmp_path / "policy"))
+    assert policy_logps(trainer.ref_model) == pytest.approx(policy_logps(make_policy()), rel=1e-6)
+    changed = policy(tmp_path / "policy")
+    changed.get_input_embeddings().weight.data += 0.01
+    with pytest.raises(ValueError, match="policy' holds: it was changed, or loaded with another dtype"):
+        train(changed)
+    with pytest.raises(ValueError, match="built in memory cannot be copied once it is sharded"):
+        train(make_policy())

@@ -282,16 +282,21 @@ class DAPOTrainer(_StepTrainer):
         return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
 
     def _copy_policy(self) -> Any:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            # Weights may be sharded already, so the copy is loaded again from where the policy came from.
-            path = get_config_model_id(self.model.config)
-            if not path:
-                raise ValueError(
-                    "A policy that was built in memory cannot be copied once it is sharded. Pass `ref_model`, or leave "
-                    "`precompute_ref_log_probs=True`."
-                )
-            return load_policy(path, self.args)
-        return copy.deepcopy(self.model).requires_grad_(False)
+        """The policy as it is now, frozen."""
+        if not _is_partitioned(self.model):
+            return copy.deepcopy(self.model).requires_grad_(False)
+        # Each process holds a part of the weights, so that the copy is loaded again from where the policy came from.
+        path = get_config_model_id(self.model.config)
+        cure = "Pass `ref_model`, or leave `precompute_ref_log_probs=True`."
+        if not path:
+            raise ValueError(f"A policy that was built in memory cannot be copied once it is sharded. {cure}")
+        reference = load_policy(path, self.args)
+        if model_fingerprint(reference) != model_fingerprint(self.model):
+            raise ValueError(
+                f"`model` is not what {path!r} holds: it was changed, or loaded with another dtype, and cannot be "
+                f"copied once it is sharded. {cure}"
+            )
+        return reference
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[torch.nn.Module]:
@@ -515,3 +520,8 @@ def _add_reference_adapter(model: Any) -> None:
         if f".{model.active_adapter}." in name:
             twin = model.get_parameter(name.replace(f".{model.active_adapter}.", ".ref."))
             twin.data.copy_(parameter.data)
+
+
+def _is_partitioned(model: torch.nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 has shared out the weights already, as it does while a model is loaded."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
