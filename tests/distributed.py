@@ -10,6 +10,7 @@ With `--kill-after`, all processes are killed without warning once that step's c
 import argparse
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from accelerate.utils import DistributedType
 
 
 BATCH_SIZE = 8
+RESUMED = ("policy", "critic-lora")  # in their middle
 RUNS = ("policy", "policy-lora", "policy-online", "policy-lora-online", "critic", "critic-lora")
 
 
@@ -91,6 +93,17 @@ def kill_after(step: int):
     return Kill()
 
 
+def go_on(run: str, folder: Path, args: argparse.Namespace, kwargs: dict) -> list[dict]:
+    """Train again from the middle checkpoint; the logs, and the model beside the first one."""
+    if PartialState().is_main_process:
+        shutil.rmtree(folder / f"checkpoint-{args.max_steps}")
+    PartialState().wait_for_everyone()
+    trainer = make_trainer(run, folder, args.model, args.max_steps, dropout=args.dropout, **kwargs)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model(str(folder / "resumed"))
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
 def train(run: str, args: argparse.Namespace) -> None:
     from datasets import Dataset
 
@@ -98,6 +111,8 @@ def train(run: str, args: argparse.Namespace) -> None:
 
     folder = Path(args.folder) / run
     kwargs = {"save_strategy": "steps", "save_steps": 1} if args.save else {}
+    if run in RESUMED and not kwargs:
+        kwargs = {"save_strategy": "steps", "save_steps": 3}
     trainer = make_trainer(run, folder, args.model, args.max_steps, dropout=args.dropout, **kwargs)
     state = trainer.accelerator.state
     found = [state.distributed_type.value, state.num_processes]
@@ -107,6 +122,8 @@ def train(run: str, args: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=args.resume)
     result = {"distributed": found, "layout": trainer.layout, "eval": trainer.evaluate()}
     trainer.save_model(str(folder / "model"))
+    if run in RESUMED and not args.save:
+        result["resumed"] = go_on(run, folder, args, kwargs)
     if run == "critic":  # before any training, nothing has placed its weights
         scorer = make_trainer(run, folder, str(folder / "model"), args.max_steps)
         rows = scorer.predict_values(Dataset.from_list(random_solution_rows(7, seed=2)))

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import REPOSITORY, make_policy, make_tokenizer
-from distributed import RUNS, make_trainer
+from distributed import RESUMED, RUNS, make_trainer
 
 
 CONFIGS = REPOSITORY / "examples" / "accelerate_configs"
@@ -79,7 +79,8 @@ def load_policy(folder: Path, model: Path):
 def test_two_processes_equal_one(tmp_path, model, alone, mode):
     """
     Losses, gradient norms and evaluation of every run, and the logits of what it saved. The split differs in every way:
-    micro-batches of two rows, two of them a step, two processes; and the last step of the epoch has a single row.
+    micro-batches of two rows, two of them a step, two processes; and the last step of the epoch has a single row. Then
+    training goes on from the checkpoint in the middle, and ends with the same weights.
     """
     done = start(tmp_path, model, mode=mode)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -101,6 +102,11 @@ def test_two_processes_equal_one(tmp_path, model, alone, mode):
                 assert found["eval"][name] == pytest.approx(expected["eval"][name], rel=1e-3), (run, name)
         logits = [load_policy(folder / run / "model", model)(ids).logits for folder in (tmp_path, alone)]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4, msg=lambda text, run=run: f"{run}: {text}")
+    for run in RESUMED:
+        gone_on, whole = result(tmp_path, run)["resumed"], result(tmp_path, run)["steps"]
+        for name in ("loss", "grad_norm", "learning_rate", "num_tokens"):
+            assert [step[name] for step in gone_on] == pytest.approx([step[name] for step in whole], rel=1e-6), run
+        assert largest_difference(*(tmp_path / run / name for name in ("model", "resumed"))) <= 1e-6
     values = [result(folder, "critic")["values"] for folder in (tmp_path, alone)]
     for some, others in zip(*values, strict=True):
         assert some == pytest.approx(others, abs=1e-5)
@@ -140,11 +146,11 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, model, mode, run):
     assert not (folder / run / "model").exists()
     done = start(folder, model, *arguments, "--resume", mode=mode)
     assert done.returncode == 0, done.stderr[-3000:]
-    found, expected = weights(folder / run), weights(tmp_path / "whole" / run)
+    assert largest_difference(folder / run / "model", tmp_path / "whole" / run / "model") <= 1e-6
+
+
+def largest_difference(*folders: Path) -> float:
+    """Of the weights that two folders hold."""
+    found, expected = (load_file(next(folder.glob("*.safetensors"))) for folder in folders)
     assert found.keys() == expected.keys()
-    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) <= 1e-6
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (path,) = (folder / "model").glob("*.safetensors")
-    return load_file(path)
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected)

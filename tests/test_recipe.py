@@ -283,12 +283,20 @@ def test_checkpoints_of_other_settings_are_refused(commands, tmp_path, again):
     assert f"{int(last.name.partition('-')[2]) - 1}/" in text  # the progress bar begins there
 
 
-def ranks(commands, folder, *arguments, logs):
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_USE_CPU": "true",
+    "DS_ACCELERATOR": "cpu",
+}
+
+
+def ranks(commands, folder, *arguments, logs, **environment):
     """Two processes that know of each other, without a launcher; their exit codes and output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared = environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     pids = [
         commands.start(
             *arguments, "--output_dir", folder, output=logs / f"log-{rank}", RANK=rank, LOCAL_RANK=rank, **shared
@@ -317,6 +325,38 @@ def test_two_processes_train(commands, tmp_path, again):
     codes, texts = ranks(commands, again, "train", RECIPE, *SMALL, "--values", "critic", logs=tmp_path)
     assert codes == [0, 0], texts
     assert json.loads((again / "results.json").read_text())["policy_critic"]["num_problems"] == 16
+
+
+def test_two_processes_train_adapters_under_zero2(commands, tmp_path, again):
+    """Critic and policy as adapters, merged for the stages that follow."""
+    for name in ("critic", "data", "policy", "policy_monte_carlo"):
+        shutil.rmtree(again / name)
+    options = ("--values", "critic", "--use_peft", "--lora_target_modules", "all-linear")
+    codes, texts = ranks(commands, again, "train", RECIPE, *SMALL, *options, logs=tmp_path, **ZERO2)
+    assert codes == [0, 0], texts
+    assert json.loads((again / "results.json").read_text())["policy_critic"]["num_problems"] == 16
+    for name in ("critic", "policy"):
+        assert (again / name / "adapter_model.safetensors").exists()
+        assert (again / name / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "message"),
+    [
+        (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, [], "DeepSpeed ZeRO-3 loads the model in parts, but `engi"),
+        (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["--use_peft"], "DeepSpeed ZeRO-3 keeps the model in parts"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, [], "FSDP loads the model in par"),
+        ({"ACCELERATE_USE_FSDP": "true"}, ["--use_peft"], "FSDP keeps the model in parts, but the adapter of `use_pe"),
+    ],
+)
+def test_models_in_parts_are_refused(commands, tmp_path, environment, arguments, message):
+    """Before anything is sampled, with the cure."""
+    command = ("run", RECIPE, *SMALL, "--output_dir", tmp_path / "run", *arguments)
+    code, text = commands.run(*command, output=tmp_path / "log", **environment)
+    assert code == 2, text
+    assert f"dapo-trl: `critic`: {message}" in text
+    assert "Use DeepSpeed ZeRO-2" in text
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("victim", [0, 1])

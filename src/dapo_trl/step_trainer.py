@@ -243,6 +243,7 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         """The micro-batches of an optimizer step; from here on, time counts as training."""
         if self._clock is None:
             self._clock = time.perf_counter()
+        self._mend_optimizer()
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -371,6 +372,31 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
                 passed to `push_to_hub` too.
         """
         save_model_card(self, super().create_model_card, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._mend_optimizer()
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _mend_optimizer(self) -> None:
+        """
+        Give the optimizer all parameters. accelerate (1.15) finds them by the address of their part in this process,
+        and takes parameters without any for one another: a critic's head has a single row, on the first process.
+        """
+        if not self.is_fsdp_enabled or self.optimizer is None:
+            return
+        named = {name: part for name, part in self.model_wrapped.named_parameters() if part.requires_grad}
+        groups = self.optimizer.param_groups
+        if {id(part) for group in groups for part in group["params"]} == set(map(id, named.values())):
+            return
+        decayed = set(self.get_decay_parameter_names(self.model_wrapped))
+        wanted = [[part for name, part in named.items() if (name in decayed) == is_decayed] for is_decayed in (1, 0)]
+        if [len(group["params"]) for group in groups] != list(map(len, wanted)):
+            raise ValueError(
+                "FSDP left parameters out of the optimizer, whose groups are of your own making. Use one that "
+                "`args.optim` names, or DeepSpeed."
+            )
+        for group, parts in zip(groups, wanted, strict=True):
+            group["params"] = parts
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.stop_clock()
