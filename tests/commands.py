@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 
@@ -102,6 +103,8 @@ def start(request: dict) -> int:
         from dapo_trl.cli import main
 
         code = main(request["start"])
+    except BaseException:
+        traceback.print_exc()
     finally:  # whatever happens: this copy of the server must not go on
         sys.stdout.flush()
         sys.stderr.flush()

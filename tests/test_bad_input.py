@@ -102,7 +102,10 @@ def test_problems(tmp_path, run, name, content, message):
         (["--dataset_name", "nowhere.jsonl"], "`dataset_name` is 'nowhere.jsonl', but there is no such file"),
         (["--dataset_name", "x.txt"], "'x.txt', which is none of the files that can be read: .json, .jsonl, .parquet"),
         (["--dataset_name", "make.py"], "`dataset_name` is 'make.py'. Name the function that makes the problems: mak"),
-        (["--use_peft", "--lora_target_modules", "nope"], "`use_peft`: the adapter does not fit"),
+        (
+            ["--use_peft", "--lora_target_modules", "nope"],
+            "student': `peft_config` does not fit `model`: Target",
+        ),
         (["--critic.push_to_hub", "true"], "`critic.push_to_hub`: cannot log in to the Hub. Call `hf auth login`"),
     ],
 )

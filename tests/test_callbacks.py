@@ -254,6 +254,7 @@ def test_any_trainer(tmp_path, tokenizer):
 
 TWO_PROCESSES = """
 import json, sys
+from pathlib import Path
 from datasets import Dataset
 from dapo_trl import AccuracyCallback, DAPOConfig, DAPOTrainer, SamplingConfig, math_reward
 from conftest import random_state_rows
@@ -269,7 +270,8 @@ trainer.add_callback(AccuracyCallback(trainer, Dataset.from_list(PROBLEMS), math
 trainer.train()
 found = next(row for row in trainer.state.log_history if "eval_accuracy/greedy" in row)
 assert trainer.is_deepspeed_enabled == (sys.argv[2] == "deepspeed")
-print(json.dumps({"world": trainer.accelerator.num_processes} | found))
+found["world"] = trainer.accelerator.num_processes
+Path(sys.argv[1], f"found-{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
 """
 
 
@@ -289,7 +291,7 @@ def test_two_processes(tmp_path, kind):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"world"')]
+    found = [json.loads((tmp_path / "out" / f"found-{rank}.json").read_text()) for rank in (0, 1)]
     assert [row["world"] for row in found] == [2, 2]
     trainer = student_trainer(tmp_path)
     trainer.add_callback(AccuracyCallback(trainer, Dataset.from_list(PROBLEMS), math_reward, SAMPLING, k=3, seed=5))

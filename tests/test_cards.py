@@ -248,7 +248,7 @@ def test_model_without_a_card_is_not_published(tmp_path, uploads):
 
 def test_recipe_publishes_models(tmp_path, uploads, monkeypatch):
     """Critic and policies beside the data sets, linked with each other; weights and tokenizer load as they are."""
-    monkeypatch.setattr(dapo_trl.recipe, "whoami", lambda: {"name": "me"})
+    monkeypatch.setattr(dapo_trl.publishing, "whoami", lambda: {"name": "me"})
     arguments = RecipeArguments(
         output_dir=str(tmp_path / "tiny"),
         dataset_name=f"{REPOSITORY / 'examples' / 'student' / 'arithmetic.py'}:make_problems",

@@ -85,7 +85,7 @@ def test_versions_for_bug_reports(capsys):
         (["run", RECIPE, "--shard_size", "0"], "`shard_size` must be at least 1, got 0"),
         (["run", RECIPE, "--num_problems_with_signal", "0"], "`num_problems_with_signal` must be at least 1, got 0"),
         (["run", RECIPE, "--num_train_problems", "0"], "`num_train_problems` must be at least 1, got 0"),
-        (["run", RECIPE, "--policy.beta", "0"], "`policy`: `beta` must be positive, got 0.0"),
+        (["run", RECIPE, "--policy.beta", "0"], "`policy`: `beta` must be positive and finite, got 0.0"),
         (["run", RECIPE, "--policy.eval_strategy", "steps"], "`policy`: `eval_strategy` needs rows to evaluate on"),
         (["run", RECIPE, "--critic.per_device_train_batch_size", "0"], "`critic`: `per_device_train_batch_size` must"),
         (["run", RECIPE, "--policy.gradient_accumulation_steps", "0"], "`policy`: `gradient_accumulation_steps` mus"),

@@ -175,7 +175,7 @@ def test_errors(stages, tmp_path):
 def test_recipe(tmp_path, uploads, monkeypatch, is_pushed):
     """Every stage of a run gets its card; it goes to the Hub if that is wanted, after a look at who is logged in."""
     logins = []
-    monkeypatch.setattr(dapo_trl.recipe, "whoami", lambda: logins.append(1) or {"name": "me"})
+    monkeypatch.setattr(dapo_trl.publishing, "whoami", lambda: logins.append(1) or {"name": "me"})
     arguments = RecipeArguments(
         output_dir=str(tmp_path / "tiny"),
         dataset_name=f"{REPOSITORY / 'examples' / 'student' / 'arithmetic.py'}:make_problems",

@@ -112,7 +112,7 @@ def test_an_interrupted_training(commands, tmp_path, again):
     arguments = ("critic", RECIPE, *SMALL, "--critic.num_train_epochs", "1000", "--output_dir", again)
     for delay in (0, 0.3, 0.6):
         pid = commands.start(*arguments, output=tmp_path / "log")
-        while "Critic" not in (tmp_path / "log").read_text():
+        while not (tmp_path / "log").exists() or "Critic" not in (tmp_path / "log").read_text():
             time.sleep(0.01)
         time.sleep(delay)
         commands.interrupt(pid)

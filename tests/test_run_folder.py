@@ -49,6 +49,6 @@ def test_checkpoints_that_are_none(tmp_path):
 
 
 def test_a_name_that_cannot_be_read_from(tmp_path):
-    with pytest.raises(ValueError, match="has '::', which no data set can be read from"):
+    with pytest.raises(ValueError, match="has '::', which `datasets` takes for an archive"):
         refuse_closed_folder(tmp_path / "a::b")
     refuse_closed_folder(tmp_path / "a [1]*")

@@ -242,8 +242,18 @@ def test_saved_critic_loads_with_plain_transformers(tmp_path, tokenizer):
     assert loaded.config.num_labels == 1
 
 
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "TOKEN_CLS"])
-def test_lora_critic_trains_adapter_and_head(tmp_path, tokenizer, task_type):
+@pytest.mark.parametrize(
+    ("task_type", "modules"),
+    [
+        (None, {"target_modules": ["q_proj", "v_proj"]}),
+        ("CAUSAL_LM", {"target_modules": ["q_proj", "v_proj"]}),
+        ("TOKEN_CLS", {"target_modules": ["q_proj", "v_proj"]}),
+        (None, {"target_modules": "all-linear"}),
+        ("TOKEN_CLS", {"target_modules": "all-linear", "exclude_modules": ["k_proj"]}),
+        ("CAUSAL_LM", {"target_modules": "all-linear", "exclude_modules": r".*\.k_proj"}),
+    ],
+)
+def test_lora_critic_trains_adapter_and_head(tmp_path, tokenizer, task_type, modules):
     """Whatever the task type says, the head is trained and saved beside the adapter, and plain peft loads both."""
     from peft import LoraConfig, PeftModel
 
@@ -255,7 +265,10 @@ def test_lora_critic_trains_adapter_and_head(tmp_path, tokenizer, task_type):
         config(tmp_path, max_steps=3, learning_rate=1e-2),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], task_type=task_type),
+        peft_config=LoraConfig(task_type=task_type, **modules),
+    )
+    assert any("k_proj.lora_A" in name for name, _ in trainer.model.named_parameters()) == (
+        len(modules) == 1 and modules["target_modules"] == "all-linear"
     )
     trainer.train()
     trainer.save_model()

@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -254,9 +255,11 @@ def _refuse_architecture(config: PretrainedConfig, name: str, argument: str) -> 
 
 
 def _try_adapter(peft_config: Any, config: PretrainedConfig, architecture: Any) -> None:
-    """Put the adapter on a model without weights."""
+    """Put the adapter on a model without weights; ZeRO-3 cannot have one, so that peft complains after loading."""
     from peft import get_peft_model
 
+    if is_deepspeed_zero3_enabled():
+        return
     peft_config = copy.deepcopy(peft_config)
     peft_config.init_lora_weights = True  # others start from weights
     with torch.device("meta"):

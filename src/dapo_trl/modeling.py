@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dapo_trl.dapo_config import DAPOConfig
     from dapo_trl.step_critic_config import StepCriticConfig
 
+_HEADS = ("score", "classifier")  # of token classifiers; peft trains and saves the same
+
 logger = logging.getLogger(__name__)
 
 
@@ -138,7 +140,8 @@ def critic_adapter(peft_config: "PeftConfig | None") -> "PeftConfig | None":
     Args:
         peft_config ([`~peft.PeftConfig`] or `None`):
             Adapter as given. Without a task type, or with that of a language model, a copy of it is made one of a token
-            classifier: peft then trains and saves the head beside the adapter.
+            classifier: peft then trains and saves the head beside the adapter. That head is not among the modules of
+            `target_modules="all-linear"`.
 
     Returns:
         [`~peft.PeftConfig`] or `None`.
@@ -147,13 +150,17 @@ def critic_adapter(peft_config: "PeftConfig | None") -> "PeftConfig | None":
         ValueError: if it is for another task.
     """
     task_type = getattr(peft_config, "task_type", None)
-    if peft_config is None or task_type == "TOKEN_CLS" or not hasattr(peft_config, "task_type"):
+    if peft_config is None or not hasattr(peft_config, "task_type"):
         return peft_config
-    if task_type not in (None, "CAUSAL_LM"):
+    if task_type not in (None, "CAUSAL_LM", "TOKEN_CLS"):
         raise ValueError(f'`peft_config` has `task_type="{task_type}"`. A step critic needs `task_type="TOKEN_CLS"`.')
-    peft_config = copy.copy(peft_config)
-    peft_config.task_type = "TOKEN_CLS"
-    return peft_config
+    adapter: Any = copy.copy(peft_config)
+    adapter.task_type = "TOKEN_CLS"
+    if getattr(adapter, "target_modules", None) == "all-linear":  # peft leaves out the heads of other tasks only
+        excluded = adapter.exclude_modules or []
+        heads = rf"(.*\.)?({'|'.join(_HEADS)})"
+        adapter.exclude_modules = f"{excluded}|{heads}" if isinstance(excluded, str) else [*excluded, *_HEADS]
+    return adapter
 
 
 def check_head_is_trained(model: "PreTrainedModel | PeftModel") -> None:

@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import get_peft_config
 
+from dapo_trl.model_checks import check_peft_config
 from dapo_trl.model_identity import weight_files
+from dapo_trl.modeling import critic_adapter
 from dapo_trl.recipe_arguments import trainer_configs
 from dapo_trl.settings import SettingsError
 
@@ -134,21 +135,18 @@ def refuse_misfit_adapter(recipe: "Recipe") -> None:
     Raises:
         SettingsError: if there is one.
     """
-    if get_peft_config(recipe.model_config) is None:
+    adapter: Any = get_peft_config(recipe.model_config)
+    if adapter is None:
         return
-    from peft import get_peft_model
-
     a = recipe.arguments
-    models: list[tuple[str, Any]] = [(recipe.model, AutoModelForCausalLM)]
+    models: list[tuple[str, Any, Any]] = [(recipe.model, adapter, AutoModelForCausalLM)]
     if a.values != "monte_carlo":
-        models.append((a.critic_model_name_or_path or recipe.model, AutoModelForTokenClassification))
-    for model, kind in models:
+        critic = a.critic_model_name_or_path or recipe.model
+        models.append((critic, critic_adapter(adapter), AutoModelForTokenClassification))
+    for model, given, architecture in models:
         trusted: Any = {"trust_remote_code": a.trust_remote_code}
         config = AutoConfig.from_pretrained(model, revision=recipe.revision_of(model), **trusted)
-        with torch.device("meta"):
-            empty = kind.from_config(config, **trusted)
-        adapter: Any = get_peft_config(recipe.model_config)
         try:
-            get_peft_model(empty, adapter)
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"`use_peft`: the adapter does not fit {model!r}: {error}") from error
+            check_peft_config(given, model, config, architecture)
+        except ValueError as error:
+            raise SettingsError(f"`use_peft` of {model!r}: {error}") from error
