@@ -58,7 +58,7 @@ class AccuracyCallback(TrainerCallback):
     >>> row = {"prompt": "4 - 7 max 2\\n", "prefix": [], "candidates": ["4 - 7 = 7\\n", "4 - 7 = 3\\n"]}
     >>> states = Dataset.from_list([row | {"advantages": [0.4, -0.6]}])
     >>> problems = Dataset.from_list([{"prompt": "9 - 1 min 6\\n", "answer": "6"}])
-    >>> kwargs = {"max_steps": 1, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    >>> kwargs = {"max_steps": 1, "bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     >>> args = DAPOConfig("runs/doctest", **kwargs)
     >>> trainer = DAPOTrainer(model="examples/student", args=args, train_dataset=states, eval_dataset=states)
     >>> trainer.add_callback(AccuracyCallback(trainer, problems, math_reward, SamplingConfig(max_new_tokens=64)))
