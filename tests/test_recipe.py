@@ -318,26 +318,22 @@ def test_two_processes(commands, tmp_path, whole):
     assert writers == [True, True]
 
 
-def test_two_processes_train(commands, tmp_path, again):
-    """From the values on: both train, and both find the same results."""
-    for name in ("critic", "data", "policy", "policy_monte_carlo"):
-        shutil.rmtree(again / name)
-    codes, texts = ranks(commands, again, "train", RECIPE, *SMALL, "--values", "critic", logs=tmp_path)
-    assert codes == [0, 0], texts
-    assert json.loads((again / "results.json").read_text())["policy_critic"]["num_problems"] == 16
+ADAPTERS = ("--use_peft", "--lora_target_modules", "all-linear")
 
 
-def test_two_processes_train_adapters_under_zero2(commands, tmp_path, again):
-    """Critic and policy as adapters, merged for the stages that follow."""
+@pytest.mark.parametrize("options", [(), ADAPTERS], ids=["full", "adapters"])
+@pytest.mark.parametrize("environment", [{}, ZERO2], ids=["ddp", "zero2"])
+def test_two_processes_train(commands, tmp_path, again, environment, options):
+    """From the values on, both find the same results. Adapters are merged for the stages that follow."""
     for name in ("critic", "data", "policy", "policy_monte_carlo"):
         shutil.rmtree(again / name)
-    options = ("--values", "critic", "--use_peft", "--lora_target_modules", "all-linear")
-    codes, texts = ranks(commands, again, "train", RECIPE, *SMALL, *options, logs=tmp_path, **ZERO2)
+    arguments = ("train", RECIPE, *SMALL, "--values", "critic", *options)
+    codes, texts = ranks(commands, again, *arguments, logs=tmp_path, **environment)
     assert codes == [0, 0], texts
     assert json.loads((again / "results.json").read_text())["policy_critic"]["num_problems"] == 16
     for name in ("critic", "policy"):
-        assert (again / name / "adapter_model.safetensors").exists()
-        assert (again / name / "merged" / "model.safetensors").exists()
+        files = ("adapter_model.safetensors", "merged/model.safetensors") if options else ("model.safetensors",)
+        assert all((again / name / file).exists() for file in files)
 
 
 @pytest.mark.parametrize(
