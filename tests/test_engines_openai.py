@@ -658,8 +658,16 @@ def test_failing_servers_are_probed_for_one_of_several_calls(start):
     assert len(server.bodies) == 10
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises: it is ignored in what a shell starts in the background."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
 @pytest.mark.parametrize("in_loop", [False, True])
-def test_an_interrupt_ends_everything(start, in_loop):
+def test_an_interrupt_ends_everything(start, in_loop, interruptible):
     """Ctrl-C stops the requests that are under way, in a notebook too; so does an error from inside."""
     server, loop = start(delay=0.02), asyncio.new_event_loop()
     sampler, seen = engine(server, max_concurrency=2), []

@@ -153,7 +153,8 @@ def test_an_interrupt(commands, tmp_path, server):
             time.sleep(5)
 
     server.answer = answer
-    arguments = ("sample", RECIPE, *SMALL, "--server_urls", server.url, "--output_dir", folder)
+    many = ("--num_train_problems", "40")  # twenty shards: some are left when two are there
+    arguments = ("sample", RECIPE, *SMALL, *many, "--server_urls", server.url, "--output_dir", folder)
     pid = commands.start(*arguments, output=log)
     assert silent.wait(60)
     begin = time.monotonic()
