@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from commands import ENVIRONMENT, TIMEOUT
@@ -262,6 +263,21 @@ def test_the_cure_for_changed_settings(commands, tmp_path, again):
     assert before.items() <= records(again).items()
     assert json.loads((again / "policy" / "stage.json").read_text())["config"]["arguments"]["beta"] == 0.2
     assert (again / "policy" / "accuracy.json").exists()
+
+
+def test_shrinkage(commands, tmp_path, again):
+    """A third source of values, from what is there; what the critic is worth is among the results."""
+    before = records(again)
+    command = ("run", RECIPE, *SMALL, "--values", "shrinkage", "--output_dir", again)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    assert before.items() <= records(again).items()
+    results = json.loads((again / "results.json").read_text())
+    assert f"the critic is worth {results['critic']['prior_strength']:.1f} rollouts" in text
+    assert results["policy_shrinkage"]["num_problems"] == 16
+    assert (again / "policy_shrinkage" / "model.safetensors").exists()
+    rows = Dataset.from_parquet(str(again / "data" / "states_shrinkage.parquet"))
+    assert {"shrinkage_values", "shrinkage_errors", "critic_values", "values"} <= set(rows.column_names)
 
 
 def test_checkpoints_of_other_settings_are_refused(commands, tmp_path, again):

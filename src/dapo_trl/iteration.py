@@ -27,6 +27,7 @@ from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.model_identity import identify, weights_hash
 from dapo_trl.recipe_arguments import changed_fields
 from dapo_trl.run_folder import last_checkpoint, made_how, model_path, policy_folder
+from dapo_trl.shrinkage import add_shrinkage_values, fit_strength
 from dapo_trl.stages import sample_stage, value_stage
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_critic_trainer import StepCriticTrainer
@@ -38,6 +39,7 @@ from dapo_trl.summary import (
     policy_results,
     print_critic,
     print_stage,
+    print_strength,
     print_title,
     warn,
 )
@@ -111,10 +113,12 @@ class Iteration:
             return self.results
         values = self._value(sampled)
         states = {}
-        if self.arguments.values in ("critic", "both") and "critic" in stages:
+        if self.arguments.values != "monte_carlo" and "critic" in stages:
             self._train_critic(values)
             if "score" in stages:
                 states["critic"] = self._score(values)
+        if self.arguments.values == "shrinkage" and "advantages" in stages:
+            states = {"shrinkage": self._shrink(states["critic"], held_out_problems(values.table("solutions")))}
         if self.arguments.values in ("monte_carlo", "both") and "advantages" in stages:
             states["monte_carlo"] = add_advantages(values.table("states"), "values")
             self._write(states["monte_carlo"], "states_monte_carlo")
@@ -229,6 +233,15 @@ class Iteration:
         cure = f"Delete {self._scored} to score the rows again"
         return read_tables({data / "states_critic.parquet": cure}, data / ".cache")
 
+    def _shrink(self, scored: Dataset, held_out: set[str]) -> Dataset:
+        """Monte Carlo values shrunk towards the critic's, as far as problems that it was not trained on trust it."""
+        strength = fit_strength(scored.filter(lambda row: row["problem_id"] in held_out))
+        self.results["critic"]["prior_strength"] = strength
+        print_strength(strength)
+        rows = add_advantages(add_shrinkage_values(scored, strength), "shrinkage_values")
+        self._write(rows, "states_shrinkage")
+        return rows
+
     def _train_policy(self, source: str, rows: Dataset, values: str) -> None:
         title = f"{source.replace('_', ' ')} values"
         folder = self.folder / policy_folder(source)
@@ -239,7 +252,7 @@ class Iteration:
             return DAPOTrainer(self.generator, args=config, train_dataset=rows, **self._trainer_arguments())
 
         settings = self._settings(self.arguments.policy, self.generator, values)
-        if source == "critic":
+        if source != "monte_carlo":
             scored = read_json(self._scored, ["config"], cure="Delete it to do this step again")
             settings |= {"scored": scored["config"]}
         results = self._train(make_trainer, self.arguments.policy, self.generator, folder, settings)

@@ -26,7 +26,7 @@ class ServerArguments:
     max_downtime: float | None = None
 
 
-_CHOICES = {"engine": ["transformers", "openai", "vllm"], "values": ["critic", "monte_carlo", "both"]}
+_CHOICES = {"engine": ["transformers", "openai", "vllm"], "values": ["critic", "monte_carlo", "shrinkage", "both"]}
 _LEAST = {
     "seed": 0,
     "iterations": 1,
@@ -100,7 +100,8 @@ class RecipeArguments:
     values: str = field(
         default="critic",
         metadata={
-            "help": "Where advantages come from: 'critic' (paper), 'monte_carlo' or 'both' (two policies).",
+            "help": "Where advantages come from: 'critic' (paper), 'monte_carlo', 'shrinkage' (Monte Carlo counts with "
+            "the critic as a prior) or 'both' (two policies, of the first two).",
             "choices": _CHOICES["values"],
         },
     )

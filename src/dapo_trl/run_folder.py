@@ -46,7 +46,7 @@ def policy_folder(source: str) -> str:
 
     Args:
         source (`str`):
-            Where its advantages come from, `"critic"` or `"monte_carlo"`.
+            Where its advantages come from, `"critic"`, `"monte_carlo"` or `"shrinkage"`.
 
     Returns:
         `str`.

@@ -108,6 +108,18 @@ def print_critic(metrics: dict[str, Any]) -> None:
         )
 
 
+def print_strength(strength: float) -> None:
+    """
+    For how many rollouts the critic stands.
+
+    Args:
+        strength (`float`):
+            Prior strength, see [`~dapo_trl.shrinkage.fit_prior_strength`].
+    """
+    if PartialState().is_main_process:
+        console.print(f"On held-out states the critic is worth {strength:.1f} rollouts: values are shrunk that far.")
+
+
 def critic_table(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """
     Metrics of the critic for its card.

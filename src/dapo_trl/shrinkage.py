@@ -1,0 +1,282 @@
+r"""
+A critic's values and Monte Carlo counts of the same states, put together: the critic is the prior, the counts are data.
+
+A state's value is taken for a draw from Beta(c v, c (1 - v)) around the critic's value v; the prior strength c says
+for how many rollouts the critic stands, and is fitted on states that it was not trained on. With k successes in n
+rollouts the posterior mean is (k + c v) / (n + c): Monte Carlo values are the limit c = 0, the critic's the case n = 0.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+
+# A critic that is sure is sure up to this: a prior of exactly 0 or 1 would outvote any number of rollouts.
+_CLOSEST = 1e-3
+_COLUMNS = ("mc_successes", "mc_rollouts", "critic_values")
+_STRENGTHS = np.geomspace(1e-2, 1e4, 121)  # where the fit begins to look
+
+
+class ValueEstimates(NamedTuple):
+    """
+    Values of states and how far off they may be.
+
+    Attributes:
+        values (`np.ndarray` of shape `(S,)`):
+            Estimates, in [0, 1].
+        errors (`np.ndarray` of shape `(S,)`):
+            Their standard errors: posterior standard deviations.
+    """
+
+    values: np.ndarray
+    errors: np.ndarray
+
+
+def shrinkage_values(
+    successes: Sequence[float] | np.ndarray,
+    rollouts: Sequence[int] | np.ndarray,
+    prior: Sequence[float] | np.ndarray,
+    strength: float,
+) -> ValueEstimates:
+    r"""
+    Monte Carlo counts shrunk towards a critic's values.
+
+    $$
+    \hat V = \frac{k + c v}{n + c}, \qquad \mathrm{se}^2 = \frac{\hat V (1 - \hat V)}{n + c + 1}
+    $$
+
+    mean and standard deviation of the posterior Beta(c v + k, c (1 - v) + n - k). How many rollouts were drawn may
+    depend on their outcomes (a stopping rule): the likelihood of a value is the same.
+
+    Args:
+        successes (sequence of `float`, length S):
+            k, rollouts of each state that ended correct.
+        rollouts (sequence of `int`, length S):
+            n, rollouts of each state, 0 or more.
+        prior (sequence of `float`, length S):
+            v, values by the critic, in [0, 1]; moved away from 0 and 1 by 0.001.
+        strength (`float`):
+            c, rollouts that the critic stands for, positive; see [`fit_prior_strength`].
+
+    Returns:
+        [`ValueEstimates`].
+
+    Raises:
+        ValueError: if lengths differ, a number is out of range, or the strength is not positive.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.shrinkage import shrinkage_values
+
+    >>> shrinkage_values([4, 0], [4, 0], prior=[0.5, 0.5], strength=4.0).values.tolist()
+    [0.75, 0.5]
+
+    ```
+    """
+    k_S, n_S, v_S = _check(successes, rollouts, prior)
+    if not (np.isfinite(strength) and strength > 0):
+        raise ValueError(f"`strength` must be positive and finite, got {strength}.")
+    values = (k_S + strength * v_S) / (n_S + strength)
+    return ValueEstimates(values, np.sqrt(values * (1 - values) / (n_S + strength + 1)))
+
+
+def monte_carlo_estimates(
+    successes: Sequence[float] | np.ndarray, rollouts: Sequence[int] | np.ndarray
+) -> ValueEstimates:
+    """
+    Mean outcomes, with the standard error of the posterior from a uniform prior: of a single rollout, too, nobody knows
+    the value for sure.
+
+    Args:
+        successes (sequence of `float`, length S):
+            Rollouts of each state that ended correct.
+        rollouts (sequence of `int`, length S):
+            Rollouts of each state, positive.
+
+    Returns:
+        [`ValueEstimates`].
+
+    Raises:
+        ValueError: if lengths differ, or a state has no rollout.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.shrinkage import monte_carlo_estimates
+
+    >>> [round(error, 3) for error in monte_carlo_estimates([1, 8], [1, 16]).errors.tolist()]
+    [0.236, 0.115]
+
+    ```
+    """
+    k_S, n_S, half_S = _check(successes, rollouts, np.full(len(rollouts), 0.5))
+    if (n_S == 0).any():
+        raise ValueError(f"State {int(np.argmin(n_S))} has no rollout, so it has no Monte Carlo value.")
+    return ValueEstimates(k_S / n_S, shrinkage_values(k_S, n_S, half_S, 2.0).errors)
+
+
+def fit_prior_strength(
+    successes: Sequence[float] | np.ndarray,
+    rollouts: Sequence[int] | np.ndarray,
+    prior: Sequence[float] | np.ndarray,
+) -> float:
+    r"""
+    For how many rollouts a critic stands: the prior strength c under which the outcomes of held-out states are most
+    likely.
+
+    $$
+    \max_c \sum_s \log \frac{B(c v_s + k_s, c (1 - v_s) + n_s - k_s)}{B(c v_s, c (1 - v_s))}
+    $$
+
+    the beta-binomial likelihood. A critic that is right everywhere has no largest c: the search ends at 10,000. One
+    that says nothing gets what the spread of the values themselves asks for.
+
+    Args:
+        successes (sequence of `float`, length S):
+            k, rollouts of each state that ended correct: whole numbers.
+        rollouts (sequence of `int`, length S):
+            n, rollouts of each state. States with fewer than two say nothing about c.
+        prior (sequence of `float`, length S):
+            v, values of the same states by the critic, in [0, 1]. It must not have been trained on them.
+
+    Returns:
+        `float`: c, from 0.01 to 10,000.
+
+    Raises:
+        ValueError: if lengths differ, a number is out of range, successes are no whole numbers, or no state has two
+            rollouts.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.shrinkage import fit_prior_strength
+
+    >>> right = fit_prior_strength([5, 15], [20, 20], prior=[0.25, 0.75])
+    >>> wrong = fit_prior_strength([20, 0], [20, 20], prior=[0.25, 0.75])
+    >>> right > 1000, wrong < 1
+    (True, True)
+
+    ```
+    """
+    k_S, n_S, v_S = _check(successes, rollouts, prior)
+    if (k_S != np.round(k_S)).any():
+        raise ValueError(
+            f"State {int(np.argmax(k_S != np.round(k_S)))} has a success that is none of 0 and 1. The strength of a "
+            "critic is fitted to outcomes that are right or wrong."
+        )
+    counted = n_S >= 2
+    if not counted.any():
+        raise ValueError("No state has two rollouts or more, so that nothing says how far off the critic is.")
+    k_S, n_S, v_S = k_S[counted], n_S[counted], v_S[counted]
+    best = int(np.argmax([_log_likelihood(k_S, n_S, v_S, strength) for strength in _STRENGTHS]))
+    low, high = _STRENGTHS[max(best - 1, 0)], _STRENGTHS[min(best + 1, len(_STRENGTHS) - 1)]
+    finer = np.geomspace(low, high, 41)
+    return float(finer[np.argmax([_log_likelihood(k_S, n_S, v_S, strength) for strength in finer])])
+
+
+def fit_strength(dataset: Dataset) -> float:
+    """
+    The prior strength of a critic, from the candidates of scored state rows.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            State rows with `mc_successes`, `mc_rollouts` and `critic_values`, of problems that the critic was not
+            trained on. Candidates that end the solution do not count: their reward is known.
+
+    Returns:
+        `float`: see [`fit_prior_strength`].
+
+    Raises:
+        ValueError: if a column is missing, or no candidate has two rollouts.
+    """
+    _refuse_missing(dataset)
+    rewards = dataset["rewards"] if "rewards" in dataset.column_names else [None] * len(dataset)
+    counted = [
+        candidate
+        for *row, r_C in zip(*(dataset[name] for name in _COLUMNS), rewards, strict=True)
+        for *candidate, reward in zip(*row, r_C or [None] * len(row[0]), strict=True)
+        if reward is None
+    ]
+    k, n, v = ([candidate[part] for candidate in counted] for part in range(3))
+    return fit_prior_strength(k, n, v)
+
+
+def add_shrinkage_values(dataset: Dataset, strength: float) -> Dataset:
+    """
+    Add what shrinkage makes of the values of candidates: `shrinkage_values` and their standard errors.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            State rows with `mc_successes`, `mc_rollouts` and `critic_values`.
+        strength (`float`):
+            Rollouts that the critic stands for, see [`fit_strength`].
+
+    Returns:
+        [`~datasets.Dataset`]: the same rows with `shrinkage_values` and `shrinkage_errors` (lists of float, one per
+        candidate). [`~dapo_trl.advantages.add_advantages`] makes advantages of them.
+
+    Raises:
+        ValueError: if a column is missing, or a row is bad; the message names it.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from dapo_trl.shrinkage import add_shrinkage_values
+
+    >>> row = {"mc_successes": [4.0, 1.0], "mc_rollouts": [4, 1], "critic_values": [0.5, 0.25]}
+    >>> add_shrinkage_values(Dataset.from_list([row]), strength=4.0)[0]["shrinkage_values"]
+    [0.75, 0.4]
+
+    ```
+    """
+    _refuse_missing(dataset)
+    columns: dict[str, list[list[float]]] = {"shrinkage_values": [], "shrinkage_errors": []}
+    for index, (k_C, n_C, v_C) in enumerate(zip(*(dataset[name] for name in _COLUMNS), strict=True)):
+        try:
+            estimates = shrinkage_values(k_C, n_C, v_C, strength)
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
+        for column, numbers in zip(columns.values(), estimates, strict=True):
+            column.append(numbers.tolist())
+    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+    for name, column in columns.items():
+        dataset = dataset.add_column(name, column)
+    return dataset
+
+
+def _refuse_missing(dataset: Dataset) -> None:
+    if missing := [name for name in _COLUMNS if name not in dataset.column_names]:
+        raise ValueError(
+            f"Shrinkage needs the columns {', '.join(map(repr, _COLUMNS))}; {', '.join(map(repr, missing))} are not "
+            "there. Sampling writes the counts, `StepCriticTrainer.predict_values` adds the critic's values."
+        )
+
+
+def _log_likelihood(k_S: np.ndarray, n_S: np.ndarray, v_S: np.ndarray, strength: float) -> float:
+    """Beta-binomial, without the factor that does not depend on the strength: a product over rollouts one by one."""
+    total = 0.0
+    for rollout in range(int(n_S.max())):
+        total += np.log(strength * v_S + rollout)[k_S > rollout].sum()
+        total += np.log(strength * (1 - v_S) + rollout)[n_S - k_S > rollout].sum()
+        total -= np.log(strength + rollout)[()] * (n_S > rollout).sum()
+    return total
+
+
+def _check(successes: object, rollouts: object, prior: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    k_S, n_S, v_S = (np.asarray(x, dtype=np.float64) for x in (successes, rollouts, prior))
+    if not (k_S.ndim == 1 and k_S.shape == n_S.shape == v_S.shape):
+        raise ValueError(f"Lengths differ: {k_S.shape} successes, {n_S.shape} rollouts, {v_S.shape} values.")
+    for problem, is_bad in (
+        ("has a value by the critic that is not in [0, 1]", ~((v_S >= 0) & (v_S <= 1))),
+        ("does not have from 0 to all of its rollouts as successes", ~((k_S >= 0) & (k_S <= n_S))),
+    ):
+        if is_bad.any():
+            first = int(np.argmax(is_bad))
+            raise ValueError(
+                f"State {first} {problem}: value {v_S[first]:g}, {k_S[first]:g} successes, {n_S[first]:g} rollouts."
+            )
+    return k_S, n_S, np.clip(v_S, _CLOSEST, 1 - _CLOSEST)
