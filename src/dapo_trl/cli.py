@@ -28,6 +28,7 @@ COMMANDS = {
     "advantages": "... and state rows with advantages, ready to train on",
     "train": "... and the policy, evaluated before and after",
     "eval": "accuracy of `model_name_or_path`, or of any model given by that name, on the test problems",
+    "diagnose": "what the critic of a run knows about problems that it was not trained on, and whether to use it",
     "inspect": "the states of one problem of a run in the terminal, steps coloured by value",
     "env": "versions of everything, for bug reports",
 }
@@ -110,6 +111,8 @@ def _explain(error: BaseException) -> str:
 def _run(command: str, arguments: list[str]) -> None:
     if command == "inspect":
         _inspect(arguments)
+    elif command == "diagnose":
+        _diagnose(arguments)
     elif {"-h", "--help"} & set(arguments):
         print(f"usage: dapo-trl env\n\n{COMMANDS[command]}" if command == "env" else _command_help(command))
     elif command == "env":
@@ -269,6 +272,15 @@ def _inspect(arguments: list[str]) -> None:
     from dapo_trl.inspection import print_problem
 
     print_problem(Path(options.folder), options.problem)
+
+
+def _diagnose(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dapo-trl diagnose", description=COMMANDS["diagnose"])
+    parser.add_argument("folder", help="Folder of a run.")
+    options = parser.parse_args(arguments)
+    from dapo_trl.diagnosing import diagnose_run, print_diagnosis
+
+    print_diagnosis(diagnose_run(Path(options.folder)))
 
 
 def _print_env() -> None:

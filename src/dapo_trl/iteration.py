@@ -26,7 +26,7 @@ from dapo_trl.files import read_json, run_once, temporary_file
 from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.model_identity import identify, weights_hash
 from dapo_trl.recipe_arguments import changed_fields
-from dapo_trl.run_folder import last_checkpoint, made_how, model_path, policy_folder
+from dapo_trl.run_folder import every_tenth, last_checkpoint, made_how, model_path, policy_folder
 from dapo_trl.shrinkage import add_shrinkage_values, fit_strength
 from dapo_trl.stages import sample_stage, value_stage
 from dapo_trl.step_critic_config import StepCriticConfig
@@ -334,12 +334,12 @@ def held_out_problems(solutions: Dataset) -> set[str]:
 
     Args:
         solutions ([`~datasets.Dataset`]):
-            Rows with `problem_id`.
+            Rows with `problem_id`: all solution rows of an iteration, in their order.
 
     Returns:
         `set[str]`: their `problem_id`.
     """
-    return set(list(dict.fromkeys(solutions["problem_id"]))[::10])
+    return every_tenth(solutions["problem_id"])
 
 
 def results_table(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, str]]:

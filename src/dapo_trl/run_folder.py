@@ -5,7 +5,7 @@ What lies where in the folder of a run, and what a kill left of it.
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,20 @@ def iteration_folder(folder: Path, number: int) -> Path:
         return folder / f"iteration-{number + 1}"
     first = folder / "iteration-1"  # of runs that were begun with several, before this was so
     return first if first.exists() else folder
+
+
+def every_tenth(problem_ids: Iterable[str]) -> set[str]:
+    """
+    The problems that a critic is measured on, and not trained on.
+
+    Args:
+        problem_ids (iterable of `str`):
+            Problems of the solution rows of an iteration, in their order.
+
+    Returns:
+        `set[str]`: every tenth, from the first.
+    """
+    return set(list(dict.fromkeys(problem_ids))[::10])
 
 
 def policy_folder(source: str) -> str:

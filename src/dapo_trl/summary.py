@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult
 from rich.console import Console
 from rich.table import Table
 
+from dapo_trl.diagnosis import MIN_SKILL
 from dapo_trl.evaluation import Estimate
 from dapo_trl.inspection import one_line
 
@@ -20,8 +21,6 @@ console = Console(width=110)
 logger = logging.getLogger(__name__)
 
 DONE_BEFORE = ", done before"
-
-MIN_SKILL = 0.05  # of a critic that is of use, see docs/metrics.md
 
 
 def warn(message: str) -> None:

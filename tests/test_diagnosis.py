@@ -1,0 +1,196 @@
+"""
+`diagnosis.py`: what is said of critics whose quality is known.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from dapo_trl.cli import main
+from dapo_trl.diagnosis import diagnose
+
+
+def world(critic, seed=0, num_problems=60, rollouts=16, num_steps=4):
+    """
+    Solution and state rows of random problems, with the values of a critic: a function of true value, depth and a
+    random generator.
+    """
+    rng = np.random.default_rng(seed)
+    solutions, states = [], []
+    for problem in range(num_problems):
+        identity = {"problem_id": f"p{problem}"}
+        for number in range(2):
+            truth = np.clip(rng.beta(0.7, 0.7, num_steps), 0.02, 0.98)
+            reward = float(rng.random() < truth[-1])
+            n = np.append(np.full(num_steps, rollouts), 1)
+            k = np.append(rng.binomial(rollouts, truth), reward)
+            values = [critic(value, depth, rng) for depth, value in enumerate(np.append(truth, reward))]
+            steps = [f"{problem} {number} {step}\n" for step in range(num_steps)]
+            counted = {"mc_successes": k.tolist(), "mc_rollouts": n.tolist(), "critic_values": values}
+            solutions.append(identity | {"completions": steps, "reward": reward} | counted)
+        truth = rng.uniform(0.02, 0.98, 3)
+        k = rng.binomial(rollouts, truth).tolist()
+        values = [critic(value, 1, rng) for value in truth]
+        counted = {"mc_successes": k, "mc_rollouts": [rollouts] * 3, "critic_values": values}
+        states.append(identity | {"counts": [2, 1, 1]} | counted)
+    return solutions, states
+
+
+def perfect(value, depth, rng):
+    return float(value)
+
+
+def constant(value, depth, rng):
+    return 0.5
+
+
+def inverted(value, depth, rng):
+    return float(1 - value)
+
+
+def random_head(value, depth, rng):
+    return float(1 / (1 + np.exp(-rng.normal())))
+
+
+def noisy(value, depth, rng):
+    """As good as a critic usually is."""
+    logit = 0.7 * np.log(value / (1 - value)) if 0 < value < 1 else 0.0
+    return float(1 / (1 + np.exp(-logit - 1.2 * rng.normal())))
+
+
+def measured(critic, **kwargs):
+    return diagnose(*world(critic, **kwargs), num_resamples=200)
+
+
+def test_perfect():
+    found = measured(perfect)
+    assert found.is_fit
+    assert found.verdict == "The critic knows something about problems that it has not seen."
+    for name in ("skill", "depth_skill", "brier_skill"):
+        assert found.measures[name].low > 0.2
+    assert found.measures["calibration_error"].mean < 0.05
+    assert found.measures["rank_correlation"].mean > 0.9
+    assert found.measures["sibling_ranking"].mean > 0.95
+    assert found.measures["sign_accuracy"].mean > 0.95
+    assert found.measures["terminal_bias"].mean == 0
+    assert list(found.skill_by_distance) == ["1", "2", "3", "4-5"]
+    assert found.num_states == 60 * 7  # the two solutions of a problem share the bare prompt
+    assert found.num_rollouts == 60 * 7 * 16
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("critic", [constant, inverted, random_head])
+def test_broken_critics_are_found_out(critic, seed):
+    found = measured(critic, seed=seed)
+    assert not found.is_fit
+    assert "do not use it" in found.verdict
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_working_critics_pass(seed):
+    assert measured(noisy, seed=seed).is_fit
+
+
+def test_depth_alone():
+    """A critic that knows only how far along a solution is."""
+    rng = np.random.default_rng(0)
+    solutions = []
+    for problem in range(100):
+        reward = float(problem % 2)
+        truth = [0.1, 0.9]  # of all problems, by depth
+        k = [*rng.binomial(16, truth).tolist(), reward]
+        counted = {"mc_successes": k, "mc_rollouts": [16, 16, 1], "critic_values": [*truth, reward]}
+        solutions.append({"problem_id": str(problem), "completions": ["a", "b"], "reward": reward} | counted)
+    found = diagnose(solutions, num_resamples=100)
+    assert found.measures["skill"].low > 0.4
+    assert found.measures["depth_skill"].mean == pytest.approx(0, abs=0.02)
+    assert found.verdict.startswith("The critic knows how far along a solution is, and little more.")
+    assert "sibling_ranking" not in found.measures
+
+
+def test_ties_of_a_constant():
+    found = measured(constant)
+    for name in ("sibling_ranking", "sign_accuracy"):
+        assert found.measures[name].mean == found.measures[name].low == found.measures[name].high == 0.5
+    assert "rank_correlation" not in found.measures
+
+
+def test_bias_at_the_end():
+    found = measured(lambda value, depth, rng: 0.75 * value + 0.1)
+    rows, _ = world(perfect)
+    rewards = [row["reward"] for row in rows]
+    assert found.measures["terminal_bias"].mean == pytest.approx(0.1 - 0.25 * np.mean(rewards))
+
+
+def test_rank_correlation_is_spearmans():
+    solutions, _ = world(noisy)
+    states = {}
+    for row in solutions:
+        for depth in range(len(row["completions"])):
+            cells = (row["critic_values"][depth], row["mc_successes"][depth] / row["mc_rollouts"][depth])
+            states.setdefault((row["problem_id"], *row["completions"][:depth]), cells)
+    columns = np.array(list(states.values())).T
+    ranks = [[(x < y).sum() + (x == y).sum() / 2 for y in x] for x in columns]
+    expected = np.corrcoef(ranks)[0, 1]
+    assert diagnose(solutions, num_resamples=2).measures["rank_correlation"].mean == pytest.approx(expected)
+
+
+def test_intervals_cover():
+    """Of twenty worlds, at most three intervals miss what a very large one says."""
+    truth = measured(noisy, num_problems=3000, seed=1000).measures
+    for name in ("skill", "sibling_ranking"):
+        found = [measured(noisy, seed=seed).measures[name] for seed in range(20)]
+        assert sum(not each.low <= truth[name].mean <= each.high for each in found) <= 3
+
+
+def test_few_problems_are_not_enough_to_be_sure():
+    found = diagnose(*world(noisy, num_problems=3, seed=3), num_resamples=200)
+    assert found.measures["skill"].low <= 0 < found.measures["skill"].mean
+    assert found.is_fit
+    assert "3 problems are too few to be sure" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[:1], "at least two problems"),
+        (lambda rows: [], "there are 0 states of 0 problems"),
+        (lambda rows: [{k: v for k, v in rows[0].items() if k != "critic_values"}], "Row 0 has no 'critic_values'"),
+    ],
+)
+def test_refusals(change, message):
+    solutions, _ = world(perfect, num_problems=2)
+    with pytest.raises(ValueError, match=message):
+        diagnose(change(solutions))
+
+
+def test_states_without_solutions_are_refused():
+    solutions, states = world(perfect, num_problems=3)
+    with pytest.raises(ValueError, match="State row 2 is of problem 'p2', of which there is no solution row"):
+        diagnose(solutions[:4], states)
+
+
+def test_of_a_run(tmp_path, capsys):
+    """Only problems that the critic was not trained on count."""
+    solutions, states = world(noisy, num_problems=200)
+    told = [row for row in solutions if int(row["problem_id"][1:]) % 10]
+    for row in told:  # what it has seen it knows by heart
+        row["critic_values"] = [k / n for k, n in zip(row["mc_successes"], row["mc_rollouts"], strict=True)]
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(solutions).to_parquet(tmp_path / "data" / "solutions_critic.parquet")
+    Dataset.from_list(states).to_parquet(tmp_path / "data" / "states_critic.parquet")
+    assert main(["diagnose", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "Critic on 140 states of 20 held-out problems" in text
+    assert "The critic knows something about problems that it has not seen." in " ".join(text.split())
+    record = json.loads((tmp_path / "data" / "diagnosis.json").read_text())
+    unseen = [[row for row in rows if int(row["problem_id"][1:]) % 10 == 0] for rows in (solutions, states)]
+    assert record["measures"]["skill"]["mean"] == diagnose(*unseen).measures["skill"].mean
+    assert record["is_fit"]
+
+
+def test_a_run_without_a_critic(tmp_path, capsys):
+    assert main(["diagnose", str(tmp_path)]) == 1
+    assert "has no values by a critic. Run `dapo-trl score` with its recipe first." in capsys.readouterr().err
