@@ -2,7 +2,10 @@
 `loading.py`: a model or a tokenizer by the name of its folder, and the folder of an adapter.
 """
 
+import json
 import logging
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +108,30 @@ def test_tokenizer_of_an_adapter(tmp_path, base, where):
     trainer = DAPOTrainer(str(tmp_path / "adapter"), args=policy_config(tmp_path), train_dataset=data)
     assert trainer.processing_class.chat_template == (CHAT_TEMPLATE if where == "adapter" else None)
     assert trainer.model.config.pad_token_id == AutoTokenizer.from_pretrained(base).pad_token_id
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_an_adapter_of_a_model_with_code_of_its_own(tmp_path, base, monkeypatch):
+    """It is tried on the model before weights are loaded; whoever trusts the code is not asked again."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = Path(base) / "config.json"
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    own = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": names}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (Path(base) / "own.py").write_text(OWN_CODE)
+    data = Dataset.from_list(random_state_rows(2))
+    args = policy_config(tmp_path / "out", trust_remote_code=True)
+    trainer = DAPOTrainer(base, args=args, train_dataset=data, peft_config=lora(task_type="CAUSAL_LM"))
+    assert type(trainer.model.base_model.model).__name__ == "OwnForCausalLM"
 
 
 @pytest.mark.parametrize("given", [None, {"use_reentrant": False}, {"use_reentrant": True, "preserve_rng_state": True}])

@@ -73,7 +73,7 @@ def check_policy(
         config, class_name = base.config, type(base).__name__
         name = get_config_model_id(config) or class_name
     check_policy_config(config, name, class_name)
-    check_peft_config(peft_config, model, config)
+    check_peft_config(peft_config, model, config, trust_remote_code=args.trust_remote_code)
     return config
 
 
@@ -141,7 +141,9 @@ def check_critic(
         _refuse_loading_arguments(args, quantization_config)
         config = transformers_model(model).config
         _check_critic_instance(transformers_model(model))
-    check_peft_config(critic_adapter(peft_config), model, config, AutoModelForTokenClassification)
+    check_peft_config(
+        critic_adapter(peft_config), model, config, AutoModelForTokenClassification, args.trust_remote_code
+    )
     return config
 
 

@@ -130,7 +130,11 @@ def check_critic_config(config: PretrainedConfig, name: str) -> None:
 
 
 def check_peft_config(
-    peft_config: Any, model: Any, config: PretrainedConfig, architecture: Any = AutoModelForCausalLM
+    peft_config: Any,
+    model: Any,
+    config: PretrainedConfig,
+    architecture: Any = AutoModelForCausalLM,
+    trust_remote_code: bool = False,
 ) -> None:
     """
     Refuse an adapter that cannot be trained here.
@@ -144,6 +148,8 @@ def check_peft_config(
             Configuration of that model.
         architecture (*optional*, defaults to [`~transformers.AutoModelForCausalLM`]):
             Class that loads that model.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether a model given by name may have Python code of its own.
 
     Raises:
         ImportError: if peft is not installed.
@@ -169,7 +175,7 @@ def check_peft_config(
             "training it, or merge it first with `model.merge_and_unload()`."
         )
     if isinstance(model, str) and isinstance(peft_config, LoraConfig):
-        _try_adapter(peft_config, config, architecture)
+        _try_adapter(peft_config, config, architecture, trust_remote_code)
 
 
 def refuse_prompt_learning(config: "PeftConfig", name: str) -> None:
@@ -254,7 +260,7 @@ def _refuse_architecture(config: PretrainedConfig, name: str, argument: str) -> 
         )
 
 
-def _try_adapter(peft_config: Any, config: PretrainedConfig, architecture: Any) -> None:
+def _try_adapter(peft_config: Any, config: PretrainedConfig, architecture: Any, trust_remote_code: bool) -> None:
     """Put the adapter on a model without weights; ZeRO-3 cannot have one, so that peft complains after loading."""
     from peft import get_peft_model
 
@@ -263,7 +269,7 @@ def _try_adapter(peft_config: Any, config: PretrainedConfig, architecture: Any) 
     peft_config = copy.deepcopy(peft_config)
     peft_config.init_lora_weights = True  # others start from weights
     with torch.device("meta"):
-        model: Any = architecture.from_config(config)
+        model: Any = architecture.from_config(config, trust_remote_code=trust_remote_code)
         try:
             model = get_peft_model(model, peft_config)
         except ValueError as error:

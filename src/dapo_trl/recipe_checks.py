@@ -144,9 +144,9 @@ def refuse_misfit_adapter(recipe: "Recipe") -> None:
         critic = a.critic_model_name_or_path or recipe.model
         models.append((critic, critic_adapter(adapter), AutoModelForTokenClassification))
     for model, given, architecture in models:
-        trusted: Any = {"trust_remote_code": a.trust_remote_code}
-        config = AutoConfig.from_pretrained(model, revision=recipe.revision_of(model), **trusted)
+        trusted, revision = a.trust_remote_code, recipe.revision_of(model)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         try:
-            check_peft_config(given, model, config, architecture)
+            check_peft_config(given, model, config, architecture, trusted)
         except ValueError as error:
             raise SettingsError(f"`use_peft` of {model!r}: {error}") from error
