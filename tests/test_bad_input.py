@@ -46,6 +46,7 @@ def lines(*rows) -> str:
 
 GOOD = {"question": "1 + 2", "answer": "3"}
 OTHER = {"question": "2 + 2", "answer": "4"}
+MAKE = "def make(split, n, seed): return [{{'prompt': f'{{split}} {{i}}', 'answer': '1', {}}} for i in range(n)]"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,11 @@ OTHER = {"question": "2 + 2", "answer": "4"}
         ("fails.py", "def make(split, n, seed): return [][n]", "fails.py:make failed: IndexError"),
         ("column.py", "def make(split, n, seed): return [{'q': '1'}] * n", "needs a column named 'prompt'"),
         ("empty.py", "def make(split, n, seed): return []", "has no problem to train on"),
+        ("null.py", "def make(split, n, seed): return None", "null.py:make must return a list of rows, each a dict"),
+        ("text.py", "def make(split, n, seed): return ['1']", "must return a list of rows, each a dict, not ['1']."),
+        ("long.py", MAKE.format("'prompt': '1 + ' * (split == 'test') * 90 + split"), "prompt of problem 0, '1 + "),
+        ("same.py", MAKE.format("'problem_id': 'x'"), "Rows 0 and 1 of the problems have the same `problem_id` 'x'"),
+        ("taken.py", MAKE.format("'reward': 1.0"), "The problems have columns 'reward', which sampling adds"),
     ],
 )
 def test_problems(tmp_path, run, name, content, message):
@@ -92,7 +98,7 @@ def test_problems(tmp_path, run, name, content, message):
     # a template of its own: the student's words, and braces that are no field
     template = ("--prompt_template", "{question} \\boxed{}\n")
     assert message in complaint(run(tmp_path / "run", "--dataset_name", dataset, *template))
-    assert not (tmp_path / "run" / "sampled").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -81,13 +81,10 @@ def load_problems(
         if num_train is None or num_test is None:
             raise ValueError(f"How many problems shall {name} make? Set their numbers for training and evaluation.")
         try:
-            made = {
-                "train": make_problems(train_split, num_train, seed),
-                "test": make_problems(test_split, num_test, 0),
-            }
+            train, test = make_problems(train_split, num_train, seed), make_problems(test_split, num_test, 0)
         except Exception as error:
             raise ValueError(f"{name} failed: {type(error).__name__}: {error}") from error
-        return _checked(Dataset.from_list(made["train"]), Dataset.from_list(made["test"]), num_test, name)
+        return _checked(_from_rows(train, name), _from_rows(test, name), num_test, name)
     parts = {split: _with_places(rows) for split, rows in _read(name, config, train_split).items()}
     if test_split in parts:
         train, test = parts[train_split], parts[test_split]
@@ -146,7 +143,7 @@ def refuse_long_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, c
 
     Args:
         problems ([`~datasets.Dataset`]):
-            Rows with `prompt` and `problem_id`, and `tools` and `chat_template_kwargs` where they have them.
+            Rows with `prompt`, and `problem_id`, `tools` and `chat_template_kwargs` where they have them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         context (`int`):
@@ -156,16 +153,16 @@ def refuse_long_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, c
         ValueError: if there is one; the message names the first.
     """
     long = []
-    for row in problems:
+    for index, row in enumerate(problems):
         # A token has a byte at least, so that hardly any prompt has to be counted. The template may add some.
         given = [row[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in row]
         if len(json.dumps(given)) + 256 >= context:
             length = len(encode_prompt(row["prompt"], tokenizer, **template_arguments(row)))
-            long += [(row, length)] if length >= context else []
+            long += [(row.get("problem_id", index), row, length)] if length >= context else []
     if long:
-        row, length = long[0]
+        problem_id, row, length = long[0]
         raise ValueError(
-            f"The prompt of problem {row['problem_id']!r}, {str(row['prompt'])[:60]!r}..., has {length} tokens and "
+            f"The prompt of problem {problem_id!r}, {str(row['prompt'])[:60]!r}..., has {length} tokens and "
             f"leaves no room in the model's context of {context}. So it is with {len(long)} of {len(problems)} "
             "problems. Leave them out, or use a model with a longer context."
         )
@@ -185,6 +182,13 @@ def _import_function(path: Path, name: str) -> Callable[..., list[dict[str, Any]
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{path} has no function {name!r}. Write `{path}:function`.")
     return getattr(module, name)
+
+
+def _from_rows(rows: Any, name: str) -> Dataset:
+    try:
+        return Dataset.from_list(list(rows))
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{name} must return a list of rows, each a dict, not {rows!r:.80}.") from error
 
 
 def _read(name: str, config: str | None, train_split: str) -> DatasetDict:

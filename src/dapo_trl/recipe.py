@@ -36,6 +36,7 @@ from dapo_trl.run_folder import iteration_folder, made_how, model_path, policy_f
 from dapo_trl.settings import SettingsError
 from dapo_trl.stages import process_state, rows_fingerprint
 from dapo_trl.summary import print_evaluation, print_next, print_results, print_title
+from dapo_trl.tables import table_features, with_problem_ids
 from dapo_trl.verifiers.math import math_reward
 
 
@@ -156,6 +157,8 @@ class Recipe:
             a.prompt_template,
             a.seed,
         )
+        problems["train"] = with_problem_ids(problems["train"])
+        table_features(problems["train"].features)  # refuses columns that sampling adds, before anything is sampled
         if a.engine != "openai":  # servers have limits of their own
             config = self._read(AutoConfig)
             context = getattr(config.get_text_config(), "max_position_embeddings", None)
