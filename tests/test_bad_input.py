@@ -153,10 +153,18 @@ def test_no_signal(tmp_path, run):
     assert "No problem has right and wrong solutions: there is nothing to learn" in text
 
 
-def test_one_problem_with_signal(tmp_path, run):
-    """It cannot both train a critic and measure it; said before its completions are drawn."""
-    message = complaint(run(tmp_path / "run", "--num_problems_with_signal", "1", "--shard_size", "1"))
-    assert message.startswith("Only one problem has right and wrong solutions. A critic needs two")
+@pytest.mark.parametrize(
+    ("shard_size", "num_solutions", "reason"),
+    [("1", "4", "Only one problem has right and wrong solutions"), ("6", "8", "`num_problems_with_signal` is 1")],
+)
+def test_one_problem_with_signal(tmp_path, run, shard_size, num_solutions, reason):
+    """
+    It cannot both train a critic and measure it, also if its shard has more of them; said before its completions are
+    drawn.
+    """
+    sizes = ("--shard_size", shard_size, "--num_solutions", num_solutions)
+    message = complaint(run(tmp_path / "run", "--num_problems_with_signal", "1", *sizes))
+    assert message.startswith(f"{reason}. A critic needs two")
     assert "`values: monte_carlo`" in message
     assert not (tmp_path / "run" / "values").exists()
 

@@ -144,10 +144,14 @@ class Iteration:
         """Whether enough problems have right and wrong solutions, before their completions are drawn."""
         if number == 0 and self._is_main:
             warn("No problem has right and wrong solutions: there is nothing to learn from them. " + CURES)
-        if number == 1 and "critic" in stages and self.arguments.values != "monte_carlo":
+        used = min(number, self.arguments.num_problems_with_signal or number)  # the last shard may have more
+        if used == 1 and "critic" in stages and self.arguments.values != "monte_carlo":
+            one, cure = "Only one problem has right and wrong solutions", CURES
+            if number > 1:
+                one, cure = "`num_problems_with_signal` is 1", "Raise it."
             raise ValueError(
-                "Only one problem has right and wrong solutions. A critic needs two at least: one to train on, and one "
-                f"to be measured on. {CURES} Or set `values: monte_carlo`, which needs no critic."
+                f"{one}. A critic needs two at least: one to train on, and one to be measured on. {cure} Or set "
+                "`values: monte_carlo`, which needs no critic."
             )
 
     def _value(self, sampled: ShardStore) -> ShardStore:
