@@ -15,8 +15,10 @@ from trl import ModelConfig
 import dapo_trl.recipe
 from conftest import REPOSITORY, STUDENT
 from dapo_trl.dataset_cards import push_stage_to_hub, write_dataset_card
+from dapo_trl.publishing import Publisher
 from dapo_trl.recipe import Recipe
 from dapo_trl.recipe_arguments import RecipeArguments
+from dapo_trl.settings import SettingsError
 from test_stages import SeededEngine, run
 
 
@@ -169,6 +171,21 @@ def test_errors(stages, tmp_path):
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="a stage that is not finished"):
         write_dataset_card(folder / "values")
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    """It is known before anything is done, whatever the HTTP library raises."""
+
+    class ConnectError(Exception):
+        """Of the library, which is no `OSError`."""
+
+    def fail():
+        raise ConnectError("Connection refused")
+
+    monkeypatch.setattr(dapo_trl.publishing, "whoami", fail)
+    publisher = Publisher(RecipeArguments(push_to_hub=True), ModelConfig())
+    with pytest.raises(SettingsError, match=r"`push_to_hub`: cannot log in to the Hub.* \(Connection refused\)"):
+        publisher.log_in()
 
 
 @pytest.mark.parametrize("is_pushed", [False, True])

@@ -38,6 +38,17 @@ def test_published_once(tmp_path):
     assert uploads == ["me/values", "me/other", "me/other"]
 
 
+def test_what_cannot_be_published(tmp_path):
+    """It is named, whatever the network raises, and tried again the next time."""
+
+    def fail(folder, repo_id):
+        raise Exception("no route to the Hub")
+
+    with pytest.raises(OSError, match=r"values could not be published as me/values: no route to the Hub\. Start again"):
+        publish_once(tmp_path / "values", "me/values", "abc", fail)
+    assert publish_once(tmp_path, "me/values", "abc", lambda *_: "address") == "address"
+
+
 def test_checkpoints_that_are_none(tmp_path):
     """A copy that somebody put aside is neither taken nor removed."""
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.bak"):

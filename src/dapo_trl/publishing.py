@@ -48,7 +48,7 @@ class Publisher:
         Find out whose the Hub is: nobody shall learn after hours that they are not logged in.
 
         Raises:
-            SettingsError: if something is to be published and nobody is logged in.
+            SettingsError: if something is to be published and nobody is logged in, or the Hub cannot be reached.
         """
         a = self._arguments
         sections = {f"{name}.push_to_hub": getattr(a, name).get("push_to_hub") for name in trainer_configs()}
@@ -57,7 +57,7 @@ class Publisher:
             return
         try:
             self._namespace = whoami()["name"]
-        except OSError as error:
+        except Exception as error:  # of the HTTP library, whichever it is, if there is no network
             names = " and ".join(f"`{name}`" for name in wanted)
             raise SettingsError(f"{names}: cannot log in to the Hub. Call `hf auth login`. ({error})") from error
 

@@ -158,6 +158,9 @@ def publish_once(
 
     Returns:
         `str`: address.
+
+    Raises:
+        OSError: if it cannot be published.
     """
     record, keys, cure = folder / "published.json", ("repo_id", "fingerprint", "address"), "Delete it to publish again"
 
@@ -169,7 +172,13 @@ def publish_once(
         return names[0] == names[1] and known["fingerprint"] == fingerprint
 
     if is_main and not is_published():
-        address = push(folder, repo_id)
+        try:
+            address = push(folder, repo_id)
+        except Exception as error:  # of the HTTP library, whichever it is, if the network fails
+            reason = str(error) or type(error).__name__
+            raise OSError(
+                f"{folder} could not be published as {repo_id}: {reason}. Start again to try again."
+            ) from error
         write_atomically(record, dump_json({"repo_id": repo_id, "fingerprint": fingerprint, "address": address}))
     wait_for(is_published, lambda: f"the upload of {folder}")
     return read_json(record, keys, cure)["address"]
