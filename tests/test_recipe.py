@@ -302,7 +302,6 @@ def test_checkpoints_of_other_settings_are_refused(commands, tmp_path, again):
 ZERO2 = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
-    "ACCELERATE_USE_CPU": "true",
     "DS_ACCELERATOR": "cpu",
 }
 
