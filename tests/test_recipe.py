@@ -333,6 +333,7 @@ def test_two_processes(commands, tmp_path, whole):
     assert writers == [True, True]
 
 
+SERVED = ("--engine", "openai", "--server_urls", "http://nowhere:1")
 ADAPTERS = ("--use_peft", "--lora_target_modules", "all-linear")
 
 
@@ -356,6 +357,7 @@ def test_two_processes_train(commands, tmp_path, again, environment, options):
     [
         (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, [], "DeepSpeed ZeRO-3 loads the model in parts, but `engi"),
         (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["--use_peft"], "DeepSpeed ZeRO-3 keeps the model in parts"),
+        (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, SERVED, "DeepSpeed ZeRO-3 would save models without the we"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, [], "FSDP loads the model in par"),
         ({"ACCELERATE_USE_FSDP": "true"}, ["--use_peft"], "FSDP keeps the model in parts, but the adapter of `use_pe"),
     ],

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from conftest import REPOSITORY, STUDENT
 from http_servers import Behaviour, FakeServer, Student
+from test_recipe import ZERO2, ranks
 from written import done_work, rows
 
 
@@ -140,6 +141,21 @@ def test_faulty_server(commands, tmp_path, server, answer, message):
     assert code == 0, text[-3000:]
     assert done.items() <= done_work(folder).items()
     assert counts(folder, "sampled")["solutions"] == 24
+
+
+def test_weights_in_parts(commands, tmp_path, server):
+    """
+    Two processes under ZeRO-3, which sampling in process is refused with: servers sample, and the trained policy is
+    evaluated by one process, which loads it whole.
+    """
+    folder = tmp_path / "run"
+    zero3 = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+    arguments = ("run", RECIPE, *SMALL, "--server_urls", server.url, "--eval_k", "1", "--values", "critic")
+    arguments += ("--num_train_problems", "12", "--num_solutions", "12", "--critic.num_train_epochs", "1")
+    arguments += ("--policy.max_steps", "1", "--policy.min_advantage_gap", "0")
+    codes, texts = ranks(commands, folder, *arguments, logs=tmp_path, **ZERO2 | zero3)
+    assert codes == [0, 0], texts
+    assert json.loads((folder / "policy" / "accuracy.json").read_text())["config"]["engine"] == "transformers"
 
 
 def test_an_interrupt(commands, tmp_path, server):

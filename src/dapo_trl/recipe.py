@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from datasets import DatasetDict
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, get_quantization_config
 
 from dapo_trl.dapo_config import DAPOConfig
@@ -187,6 +188,9 @@ class Recipe:
 
             return VLLMEngine(model, self.tokenizer, **self._vllm_arguments(model))
         config = DAPOConfig(self.arguments.output_dir, **self.training_arguments({}, model))
+        # Whole, also under ZeRO-3, which would share the weights out and wait for all processes to take part. The next
+        # trainer's configuration sets it again.
+        unset_hf_deepspeed_config()
         policy: Any = load_policy(model, config, get_quantization_config(self.model_config))
         policy = policy.to(self._state.device) if policy.device.type == "cpu" else policy
         return TransformersEngine(policy, self.tokenizer, a.generation_batch_size)

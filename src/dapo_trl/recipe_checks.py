@@ -80,7 +80,7 @@ def _is_wandb_ready() -> bool:
 
 def _refuse_parts(recipe: "Recipe", args: Any) -> None:
     """Refuse models whose weights lie in parts on several GPUs where one GPU needs them whole."""
-    plugin = args.deepspeed_plugin
+    plugin: Any = args.deepspeed_plugin
     is_zero3 = plugin is not None and plugin.zero_stage == 3
     is_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
     name = "DeepSpeed ZeRO-3" if is_zero3 else "FSDP"
@@ -98,6 +98,12 @@ def _refuse_parts(recipe: "Recipe", args: Any) -> None:
         raise ValueError(
             f"{name} loads the model in parts, but `engine: transformers` samples in every process with a whole one. "
             f"Use DeepSpeed ZeRO-2{cure}, or servers (`engine: openai`)."
+        )
+    if is_zero3 and not plugin.deepspeed_config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            f"{name} would save models without the weights that the next stage loads. Use DeepSpeed ZeRO-2, or set "
+            "`zero3_save_16bit_model: true` in the configuration of accelerate (in that of DeepSpeed, "
+            "`stage3_gather_16bit_weights_on_model_save`)."
         )
 
 
