@@ -5,6 +5,7 @@ behind.
 
 import copy
 import gc
+import shutil
 import weakref
 
 import pytest
@@ -145,6 +146,23 @@ def test_the_copy_of_an_adapter_is_not_trained(tmp_path):
     trainer.save_model()
     loaded = PeftModel.from_pretrained(make_policy(), trainer.args.output_dir)
     assert policy_logps(loaded) == pytest.approx(policy_logps(trainer.model.eval()), rel=1e-6)
+
+
+def test_the_copy_of_an_adapter_is_not_saved(tmp_path):
+    """It is made anew from the adapter that was given: a checkpoint holds the trained one, and is gone on from."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, "adapter gone on with", "online", **saving)
+    whole.train()
+    folders = [path.parent for path in (tmp_path / "out").rglob("adapter_model.safetensors")]
+    assert sorted(path.name for path in folders) == ["checkpoint-2", "checkpoint-4"]
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    resumed = make_trainer(tmp_path, "adapter gone on with", "online", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    found = dict(resumed.model.named_parameters())
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter, rtol=0, atol=1e-6)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| adapter | LORA |" in card
 
 
 # ---- Memory ----

@@ -336,7 +336,8 @@ def _hyper_parameters(trainer: Any) -> str:
     rows.append(f"| processes | {trainer.accelerator.num_processes} |")
     adapter = getattr(trainer.model, "peft_config", None)
     if adapter:
-        rows.append(f"| adapter | {', '.join(config.peft_type.value for config in adapter.values())} |")
+        kinds = dict.fromkeys(config.peft_type.value for config in adapter.values())  # the reference may be another one
+        rows.append(f"| adapter | {', '.join(kinds)} |")
     return "\n".join(["| hyper-parameter | value |", "|---|---|", *rows])
 
 

@@ -162,7 +162,8 @@ class DAPOTrainer(_StepTrainer):
         model = add_adapter(model, peft_config, args)
         refuse_adapted_head(model)
         warn_of_low_precision(model, args)
-        if continues_adapter and ref_model is None and not args.precompute_ref_log_probs:
+        self._has_reference_adapter = continues_adapter and ref_model is None and not args.precompute_ref_log_probs
+        if self._has_reference_adapter:
             _add_reference_adapter(model)
         self._reference_is_base = ref_model is None and is_peft_model(model) and not continues_adapter
         self._reference_is_policy = ref_model is None and not self._reference_is_base  # as it was before training
@@ -311,7 +312,7 @@ class DAPOTrainer(_StepTrainer):
                 policy = self.accelerator.unwrap_model(self.model)
                 if self._reference_is_base:
                     stack.enter_context(use_adapter(policy, None))
-                elif "ref" in policy.peft_config:
+                elif self._has_reference_adapter:
                     stack.enter_context(use_adapter(policy, "ref"))
             model = self.ref_model if self.ref_model is not None else self.model
             was_training = model.training
@@ -488,6 +489,19 @@ class DAPOTrainer(_StepTrainer):
         metrics.add("advantage_gap", (bounds[0] - bounds[1]).sum(), _num_states(inputs))
 
     # ---- Trainer hooks ----
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        # The frozen copy of an adapter is made anew when training goes on. `Trainer` (transformers 5.19) would find it
+        # in a folder of its own and load nothing else.
+        if not self._has_reference_adapter:
+            super()._save(*args, **kwargs)
+            return
+        adapters = self.accelerator.unwrap_model(self.model).peft_config
+        copied = adapters.pop("ref")
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            adapters["ref"] = copied
 
     def _predictions(
         self, outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
