@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 
 
 BATCH_SIZE = 8
@@ -27,11 +28,21 @@ RUNS = ("policy", "policy-lora", "policy-online", "policy-lora-online", "critic"
 def shard_on_cpu() -> None:
     """
     FSDP2 as accelerate sets it up, on CPUs: it takes an FSDP configuration for plain DDP where there is no accelerator,
-    so it is told that its processes have one each.
+    so it is told that its processes have one each. Weights that are not sharded yet would then lie elsewhere than what
+    they are given: here that shows only because it is looked at.
     """
+    from dapo_trl.layouts import _LayoutMixin
+
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
+    model_inputs = _LayoutMixin._model_inputs
+
+    def sharded_inputs(self, model, inputs):
+        assert isinstance(model, FSDPModule), f"a {type(model).__name__} is called that is not sharded"
+        return model_inputs(self, model, inputs)
+
+    _LayoutMixin._model_inputs = sharded_inputs
 
 
 def make_trainer(run: str, folder: Path, model: str, max_steps: int, **kwargs):
@@ -122,6 +133,7 @@ def train(run: str, args: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=args.resume)
     result = {"distributed": found, "layout": trainer.layout, "eval": trainer.evaluate()}
     trainer.save_model(str(folder / "model"))
+    PartialState().wait_for_everyone()  # the first one writes
     if run in RESUMED and not args.save:
         result["resumed"] = go_on(run, folder, args, kwargs)
     if run == "critic":  # before any training, nothing has placed its weights

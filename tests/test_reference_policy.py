@@ -263,6 +263,23 @@ def test_columns_need_no_reference(tmp_path):
     assert trainer.train_dataset["ref_logps"][:] == given["ref_logps"][:]
 
 
+@pytest.mark.parametrize("kind", [kind for kind in POLICIES if "reference" not in kind])
+def test_a_copy_scores_as_the_policy_does(tmp_path, monkeypatch, kind):
+    """Under FSDP nothing can be scored with the policy before training, so that a copy of it is sharded first."""
+    trainers = [make_trainer(tmp_path, kind, "precomputed")]
+    copies = []
+    make_copy = DAPOTrainer._copy_policy
+    monkeypatch.setattr(DAPOTrainer, "_awaits_sharding", lambda self: True)
+    monkeypatch.setattr(DAPOTrainer, "_copy_policy", lambda self: copies.append(make_copy(self)) or copies[-1])
+    trainers.append(make_trainer(tmp_path, kind, "precomputed"))
+    assert len(copies) == 1
+    assert trainers[1].ref_model is None
+    columns = [trainer.with_ref_logps() for trainer in trainers]
+    assert columns[0]["ref_fingerprint"][:] == columns[1]["ref_fingerprint"][:]
+    for found, expected in zip(*(rows["ref_logps"] for rows in columns), strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_policy_in_parts_is_loaded_again(tmp_path, monkeypatch):
     """As under ZeRO-3. What was changed since it was loaded is refused, as the copy would be another reference."""
     monkeypatch.setattr("dapo_trl.dapo_trainer._is_partitioned", lambda model: True)

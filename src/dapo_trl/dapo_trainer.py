@@ -268,8 +268,9 @@ class DAPOTrainer(_StepTrainer):
         """The reference as a model of its own, or `None` where the policy itself can stand in for it."""
         if ref_model is None:
             # The adapter is switched off or swapped; or the policy has not been trained yet. Under FSDP the policy is
-            # placed and sharded only when training starts, so the reference is a copy.
-            if is_peft_model(self.model) or (self.args.precompute_ref_log_probs and not self.is_fsdp_enabled):
+            # placed and sharded only when training starts, so that what scores before that is a copy.
+            is_early = self.args.precompute_ref_log_probs
+            if not (is_early and self._awaits_sharding()) and (is_early or is_peft_model(self.model)):
                 return None
             ref_model = self._copy_policy()
         if self.args.disable_dropout:
@@ -283,9 +284,10 @@ class DAPOTrainer(_StepTrainer):
         return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
 
     def _copy_policy(self) -> Any:
-        """The policy as it is now, frozen."""
+        """The policy as it is now, frozen; of a new adapter, the model without it."""
         if not _is_partitioned(self.model):
-            return copy.deepcopy(self.model).requires_grad_(False)
+            copied = copy.deepcopy(self.model).requires_grad_(False)
+            return copied.unload() if self._reference_is_base else copied
         # Each process holds a part of the weights, so that the copy is loaded again from where the policy came from.
         path = get_config_model_id(self.model.config)
         cure = "Pass `ref_model`, or leave `precompute_ref_log_probs=True`."

@@ -169,7 +169,8 @@ class StepCriticTrainer(_StepTrainer):
         )
         given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         known = [rows for rows in given if rows is not None]
-        models = [self._placed_model()] if known else []
+        # Before FSDP shards it, a new head has weights in the first process only, so that nothing can be scored.
+        models = [self.model if self._awaits_sharding() else self._placed_model()] if known else []
         for rows in known:
             self._settle_layout(rows, models)
 

@@ -2,6 +2,7 @@
 What the two trainers have in common: rows prepared, laid out, scored and evaluated, cards written.
 """
 
+import copy
 import time
 from abc import abstractmethod
 from collections.abc import Callable
@@ -13,16 +14,18 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, tqdm
 from datasets import Dataset, concatenate_datasets
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.data import SequentialSampler
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import PredictionOutput
-from trl.models import prepare_deepspeed
+from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.base_trainer import _BaseTrainer
 
 from dapo_trl.cards import CardContents, hub_dataset, save_model_card
 from dapo_trl.collators import split_rows
 from dapo_trl.layouts import _LayoutMixin
 from dapo_trl.metrics import RatioMetrics, gather_uneven
+from dapo_trl.modeling import transformers_model
 from dapo_trl.preprocessing import check_rows_fit_model
 from dapo_trl.samplers import FilledSampler, PromptGroupSampler, group_rows
 
@@ -185,10 +188,22 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         return prepared
 
     def _placed_model(self) -> torch.nn.Module:
-        """The model as it can be called: DeepSpeed places weights when training starts, or here, to score only."""
+        """
+        The model as it can be called: DeepSpeed and FSDP place weights when training starts, or here, to score only.
+        With FSDP it is a copy, as the optimizer needs the weights as they are.
+        """
         if self.is_deepspeed_enabled and self.deepspeed is None:
             return prepare_deepspeed(self.model, self.accelerator)
+        if self._awaits_sharding():
+            sharded: Any = prepare_fsdp(copy.deepcopy(self.model).requires_grad_(False), self.accelerator)
+            return sharded
         return self.model
+
+    def _awaits_sharding(self) -> bool:
+        """Whether FSDP has yet to shard the weights: until then they are on the CPU, unless they are quantized."""
+        is_sharded = isinstance(self.model, FSDPModule | FullyShardedDataParallel)
+        is_quantized = getattr(transformers_model(self.model), "is_quantized", False)
+        return self.is_fsdp_enabled and not is_sharded and not is_quantized
 
     def _score_rows(
         self,
