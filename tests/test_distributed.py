@@ -25,6 +25,7 @@ MODES = {
     "zero3": ("DEEPSPEED", ["zero3_cpu.yaml"]),
     "fsdp2": ("FSDP", ["fsdp2.yaml", "--num_processes", "2", "--mixed_precision", "no"]),
 }
+ONLY_NODES = {"main_process_port", "rdzv_backend", "same_network"}
 PADDED_UNDER_FSDP = ("policy-lora-online", "critic", "critic-lora")  # nothing of theirs is sharded before training
 
 
@@ -74,6 +75,30 @@ def load_policy(folder: Path, model: Path):
         base = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(model, **options)
         return peft.PeftModel.from_pretrained(base, folder).eval()
     return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder).eval()
+
+
+def settings(name: str) -> dict:
+    """Of a configuration, as `accelerate launch` reads it."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / name)).to_dict()
+    kind = config["distributed_type"]
+    return config | {"distributed_type": getattr(kind, "value", kind)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_configurations_are_siblings(mode):
+    """What runs on GPUs, and on two nodes, is what is tested on CPUs but for the number and kind of devices."""
+    tested, node, nodes = (settings(name) for name in (MODES[mode][1][0], f"{mode}.yaml", f"{mode}_two_nodes.yaml"))
+    assert changed(tested, node) <= {"num_processes", "mixed_precision", "use_cpu"}
+    assert changed(node, nodes) <= {"num_processes", "num_machines", "deepspeed_config"} | ONLY_NODES
+    assert nodes["num_processes"] == 2 * node["num_processes"] and nodes["num_machines"] == 2
+    launcher = {"deepspeed_multinode_launcher": "standard"} if mode.startswith("zero") else {}
+    assert nodes.get("deepspeed_config", {}) == node.get("deepspeed_config", {}) | launcher
+
+
+def changed(one: dict, other: dict) -> set[str]:
+    return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
 
 
 @pytest.mark.parametrize("mode", MODES)
