@@ -99,7 +99,7 @@ def with_loaded_adapter():
 
 def two_gpus(here: SimpleNamespace) -> dict:
     here.monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
-    return {"model": here.instance}
+    return {}
 
 
 def without_end(**kwargs):
@@ -191,6 +191,10 @@ REFUSALS = {
         "`nn.DataParallel` is not supported, and 2 GPUs are visible .* `accelerate launch`, or set `CUDA_VISIBLE",
         two_gpus,
     ),
+    "policy: an instance, two GPUs": policy(
+        "2 GPUs are visible to this one process", lambda here: two_gpus(here) | {"model": here.instance}
+    ),
+    "critic: two GPUs, one process": critic("2 GPUs are visible to this one process", two_gpus),
     "policy: compiled": policy(
         "`model` is compiled. Pass the model itself, and set `torch_compile=True`",
         lambda here: {"model": torch.compile(here.instance)},
@@ -597,3 +601,11 @@ def test_good_input_does_load_weights(tmp_path, saved, no_weights, trainer, make
     """The control: what the table changes one thing of is not refused."""
     with pytest.raises(AssertionError, match="weights were loaded"):
         trainer(saved, args=make_config(tmp_path), train_dataset=Dataset.from_list([row]))
+
+
+def test_a_model_split_by_the_user_is_not_refused(tmp_path, saved, no_weights, monkeypatch):
+    """Two GPUs in one process, and a `device_map` that says so."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    args = policy_config(tmp_path, model_init_kwargs={"device_map": "auto"})
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        DAPOTrainer(saved, args=args, train_dataset=Dataset.from_list([STATE]))

@@ -22,6 +22,7 @@ from dapo_trl.model_checks import (
     check_model_kind,
     check_peft_config,
     check_policy_config,
+    refuse_data_parallel,
     refuse_prompt_learning,
 )
 from dapo_trl.modeling import adapter_dtype, critic_adapter, transformers_model
@@ -60,9 +61,10 @@ def check_policy(
     Raises:
         TypeError: if an argument is of the wrong kind.
         ValueError: if the path does not exist, the model is no causal language model, arguments for loading are given
-            with an instance, or the adapter cannot be trained.
+            with an instance, the adapter cannot be trained, or several GPUs are visible to this one process.
     """
     check_model_kind(model)
+    refuse_data_parallel(model, args)
     if isinstance(model, str):
         config, name, class_name = read_config(model, args), model, ""
         _check_adapter_folder(model, args, peft_config, "policy")
@@ -129,9 +131,11 @@ def check_critic(
     Raises:
         TypeError: if an argument is of the wrong kind.
         ValueError: if the path does not exist, no critic can be made of the model, an instance is no token classifier
-            with one label, arguments for loading are given with an instance, or the adapter cannot be trained.
+            with one label, arguments for loading are given with an instance, the adapter cannot be trained, or several
+            GPUs are visible to this one process.
     """
     check_model_kind(model)
+    refuse_data_parallel(model, args)
     if isinstance(model, str):
         config = read_config(model, args)
         _check_adapter_folder(model, args, peft_config, "critic")

@@ -63,6 +63,32 @@ def check_model_kind(model: Any, name: str = "model") -> None:
         )
 
 
+def refuse_data_parallel(model: Any, args: Any) -> None:
+    """
+    Refuse several GPUs in one process: `Trainer` would wrap the model in `nn.DataParallel`, or TRL split it over them.
+
+    Args:
+        model (`str` or `torch.nn.Module`):
+            The argument as it was given.
+        args ([`~transformers.TrainingArguments`]):
+            Configuration; reads `n_gpu`, and `model_init_kwargs` for a model given by name or path.
+
+    Raises:
+        ValueError: if several GPUs are visible. A model that is to lie on several devices, by a `device_map` of the
+            user's own, is let through.
+    """
+    if args.n_gpu <= 1:
+        return
+    is_split = (
+        "device_map" in (args.model_init_kwargs or {}) or len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    )
+    if not is_split:
+        raise ValueError(
+            f"`nn.DataParallel` is not supported, and {args.n_gpu} GPUs are visible to this one process. Start the "
+            "script with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
+        )
+
+
 def check_policy_config(config: PretrainedConfig, name: str, class_name: str = "", argument: str = "model") -> None:
     """
     Refuse what is no causal language model.

@@ -71,11 +71,6 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
             kwargs["processing_class"].pad_token_id, args.pad_to_multiple_of, "padded", args.max_tokens_per_row
         )
         super().__init__(data_collator=collator, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"`nn.DataParallel` is not supported, and {self.args.n_gpu} GPUs are visible to this one process. "
-                "Start the script with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
-            )
         self.model.add_model_tags(list(self._tag_names))
 
     # ---- For the subclasses ----
