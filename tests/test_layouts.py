@@ -19,7 +19,7 @@ import test_step_critic_trainer
 from conftest import make_critic, make_policy, make_tokenizer, random_solution_rows, random_step, tiny_config
 from dapo_trl import DAPOTrainer, StepCriticTrainer
 from dapo_trl.collators import DataCollatorForStepCritic, DataCollatorForStepPolicy
-from dapo_trl.preprocessing import tokenize_critic_row, tokenize_policy_row
+from dapo_trl.tokenized_rows import tokenize_critic_row, tokenize_policy_row
 from test_dapo_trainer import GradientRecorder, check_step, config, reference_step
 
 

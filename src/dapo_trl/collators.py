@@ -187,7 +187,7 @@ class DataCollatorForStepCritic(_StepCollator):
     - `"input_ids"` and what goes with it, as for [`DataCollatorForStepPolicy`];
     - `"state_places"` of shape `(S,)`: the place (row * T + position) of the last token of each state;
     - `"successes"`, `"rollouts"` of shape `(S,)`, float32, if given;
-    - `"state_keys"` of shape `(S, 2)`, int64, if given, see [`~dapo_trl.preprocessing.state_keys`];
+    - `"state_keys"` of shape `(S, 2)`, int64, if given, see [`~dapo_trl.tokenized_rows.state_keys`];
     - `"num_tokens"`, `"num_pair_tokens"`: scalars, tokens of the batch without padding, and of one sequence per state.
 
     Args:

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from dapo_trl.collators import items_by_row, split_rows
 from dapo_trl.modeling import transformers_model
-from dapo_trl.preprocessing import row_length
+from dapo_trl.tokenized_rows import row_length
 from dapo_trl.tree_attention import ATTENTION_NAME, candidate_attentions, tree_arguments, tree_obstacle
 
 

@@ -34,9 +34,10 @@ from dapo_trl.modeling import (
     set_padding,
     warn_of_low_precision,
 )
-from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset, prompt_key, row_length, tokenize_row
+from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_trainer import _StepTrainer, default_output_dir
+from dapo_trl.tokenized_rows import prompt_key, row_length, tokenize_row
 
 
 if TYPE_CHECKING:
