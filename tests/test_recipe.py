@@ -355,10 +355,10 @@ def test_two_processes_train(commands, tmp_path, again, environment, options):
 @pytest.mark.parametrize(
     ("environment", "arguments", "message"),
     [
-        (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, [], "DeepSpeed ZeRO-3 loads the model in parts, but `engi"),
+        (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, [], "DeepSpeed ZeRO-3 holds the model in parts, but `engi"),
         (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["--use_peft"], "DeepSpeed ZeRO-3 keeps the model in parts"),
         (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, SERVED, "DeepSpeed ZeRO-3 would save models without the we"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, [], "FSDP loads the model in par"),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "FSDP holds the model in parts, but `engine: transformers`"),
         ({"ACCELERATE_USE_FSDP": "true"}, ["--use_peft"], "FSDP keeps the model in parts, but the adapter of `use_pe"),
     ],
 )

@@ -91,13 +91,10 @@ def _refuse_parts(recipe: "Recipe", args: Any) -> None:
             f"{name} keeps the model in parts, but the adapter of `use_peft` is merged into a whole one after "
             "training. Use DeepSpeed ZeRO-2."
         )
-    if recipe.arguments.engine == "transformers" and (
-        is_zero3 or parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    ):
-        cure = "" if is_zero3 else ", or `fsdp_cpu_ram_efficient_loading: false`"
+    if recipe.arguments.engine == "transformers":
         raise ValueError(
-            f"{name} loads the model in parts, but `engine: transformers` samples in every process with a whole one. "
-            f"Use DeepSpeed ZeRO-2{cure}, or servers (`engine: openai`)."
+            f"{name} holds the model in parts, but `engine: transformers` samples in every process with a whole one. "
+            "Use DeepSpeed ZeRO-2, or servers (`engine: openai`)."
         )
     if is_zero3 and not plugin.deepspeed_config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
