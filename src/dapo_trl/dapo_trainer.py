@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalPrediction
-from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models import prepare_deepspeed
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, use_adapter
 
@@ -279,8 +279,7 @@ class DAPOTrainer(_StepTrainer):
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(ref_model, self.accelerator)
         if self.is_fsdp_enabled:
-            sharded: Any = prepare_fsdp(ref_model, self.accelerator)  # `FSDPModule` is not declared as a `Module`
-            return sharded
+            return self._sharded(ref_model)
         return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
 
     def _copy_policy(self) -> Any:

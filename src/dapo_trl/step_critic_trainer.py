@@ -170,7 +170,7 @@ class StepCriticTrainer(_StepTrainer):
         )
         given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         known = [rows for rows in given if rows is not None]
-        # Before FSDP shards it, a new head has weights in the first process only, so that nothing can be scored.
+        # A sharded copy, before FSDP shards it for training, would be made only to try the layout.
         models = [self.model if self._awaits_sharding() else self._placed_model()] if known else []
         for rows in known:
             self._settle_layout(rows, models)

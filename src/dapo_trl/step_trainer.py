@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import broadcast, gather_object, tqdm
 from datasets import Dataset, concatenate_datasets
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.data import SequentialSampler
@@ -190,9 +190,24 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
         if self.is_deepspeed_enabled and self.deepspeed is None:
             return prepare_deepspeed(self.model, self.accelerator)
         if self._awaits_sharding():
-            sharded: Any = prepare_fsdp(copy.deepcopy(self.model).requires_grad_(False), self.accelerator)
-            return sharded
+            return self._sharded(copy.deepcopy(self.model).requires_grad_(False))
         return self.model
+
+    def _sharded(self, model: Any) -> Any:
+        """
+        A model to score with, sharded by FSDP. With `cpu_ram_efficient_loading` the first process alone has loaded its
+        weights (transformers 5.19), or those of a new head: it sends them.
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.cpu_ram_efficient_loading and not getattr(transformers_model(model), "is_quantized", False):
+            weights = {}
+            for name, value in model.state_dict().items():
+                is_first, device = self.accelerator.is_main_process, self.accelerator.device
+                placed = value.to(device) if is_first else torch.empty_like(value, device=device)
+                weights[name] = broadcast(placed.contiguous()).to("cpu")
+            model.load_state_dict(weights, assign=True)
+            transformers_model(model).tie_weights()
+        return prepare_fsdp(model, self.accelerator)
 
     def _awaits_sharding(self) -> bool:
         """Whether FSDP has yet to shard the weights: until then they are on the CPU, unless they are quantized."""
