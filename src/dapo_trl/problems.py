@@ -79,7 +79,7 @@ def load_problems(
             )
         make_problems = _import_function(Path(path), function)
         if num_train is None or num_test is None:
-            raise ValueError(f"How many problems shall {name} make? Set their numbers for training and evaluation.")
+            raise SettingsError(f"How many problems shall {name} make? Set their numbers for training and evaluation.")
         try:
             train, test = make_problems(train_split, num_train, seed), make_problems(test_split, num_test, 0)
         except Exception as error:
@@ -170,7 +170,7 @@ def refuse_long_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, c
 
 def _import_function(path: Path, name: str) -> Callable[..., list[dict[str, Any]]]:
     if not path.exists():
-        raise ValueError(f"The problems are to come from {path}, but there is no such file. Check the path.")
+        raise SettingsError(f"The problems are to come from {path}, but there is no such file. Check the path.")
     spec = importlib.util.spec_from_file_location(f"dapo_trl_problems_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # any file that ends in .py has one
     module = importlib.util.module_from_spec(spec)
@@ -205,7 +205,7 @@ def _read(name: str, config: str | None, train_split: str) -> DatasetDict:
         reason = str(error.__cause__ or error) or "it is empty"
         raise ValueError(f"{name} cannot be read: {reason}. Check the file or the name.") from error
     if train_split not in parts:
-        raise ValueError(f"{name} has no split {train_split!r}, only {list(parts)}. Set `dataset_train_split`.")
+        raise SettingsError(f"{name} has no split {train_split!r}, only {list(parts)}. Set `dataset_train_split`.")
     return parts
 
 

@@ -19,6 +19,7 @@ from dapo_trl.files import (
     wait_for,
     write_atomically,
 )
+from dapo_trl.settings import SettingsError
 
 
 def iteration_folder(folder: Path, number: int) -> Path:
@@ -194,10 +195,10 @@ def refuse_closed_folder(folder: Path) -> None:
 
     Raises:
         OSError: if it cannot.
-        ValueError: if no data set can be read from a folder of this name.
+        SettingsError: if no data set can be read from a folder of this name.
     """
     if "::" in str(folder):
-        raise ValueError(
+        raise SettingsError(
             f"`output_dir` {str(folder)!r} has '::', which `datasets` takes for an archive. Choose another."
         )
     try:
