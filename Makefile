@@ -21,13 +21,13 @@ demo: $(READY)
 	$(LAUNCH) examples/math.py --seed $(SEED) --output_dir runs/demo-$(SEED)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-min: tests/minimum_versions.py setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)-min
 	$(PYTHON) tests/minimum_versions.py > $(VENV)-min/constraints.txt
 	$(VENV)-min/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-min/constraints.txt torch -e ".[dev]"
-	OMP_NUM_THREADS=1 $(VENV)-min/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)-min/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check
