@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dapo_trl.diagnosis import Diagnosis, diagnose
 from dapo_trl.files import numbered_folders, read_parquet, write_atomically
-from dapo_trl.run_folder import every_tenth
+from dapo_trl.run_folder import held_out_problems
 
 
 _TITLES = {
@@ -51,7 +51,7 @@ def diagnose_run(folder: Path) -> Diagnosis:
         data / "solutions_critic.parquet", cure, columns=[*_COLUMNS, "completions", "reward"]
     ).to_pylist()
     states = read_parquet(data / "states_critic.parquet", cure, columns=[*_COLUMNS, "counts"]).to_pylist()
-    held_out = every_tenth(row["problem_id"] for row in solutions)
+    held_out = held_out_problems(row["problem_id"] for row in solutions)
     unseen = [[row for row in rows if row["problem_id"] in held_out] for rows in (solutions, states)]
     found = diagnose(unseen[0], unseen[1])
     record = asdict(found) | {"is_fit": found.is_fit, "verdict": found.verdict}

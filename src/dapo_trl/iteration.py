@@ -26,7 +26,7 @@ from dapo_trl.files import read_json, run_once, temporary_file
 from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.model_identity import identify, weights_hash
 from dapo_trl.recipe_arguments import changed_fields
-from dapo_trl.run_folder import every_tenth, last_checkpoint, made_how, model_path, policy_folder
+from dapo_trl.run_folder import held_out_problems, last_checkpoint, made_how, model_path, policy_folder
 from dapo_trl.shrinkage import add_shrinkage_values, fit_strength
 from dapo_trl.stages import sample_stage, value_stage
 from dapo_trl.step_critic_config import StepCriticConfig
@@ -118,7 +118,9 @@ class Iteration:
             if "score" in stages:
                 states["critic"] = self._score(values)
         if self.arguments.values == "shrinkage" and "advantages" in stages:
-            states = {"shrinkage": self._shrink(states["critic"], held_out_problems(values.table("solutions")))}
+            states = {
+                "shrinkage": self._shrink(states["critic"], held_out_problems(values.table("solutions")["problem_id"]))
+            }
         if self.arguments.values in ("monte_carlo", "both") and "advantages" in stages:
             states["monte_carlo"] = add_advantages(values.table("states"), "values")
             self._write(states["monte_carlo"], "states_monte_carlo")
@@ -185,7 +187,7 @@ class Iteration:
     def _train_critic(self, values: ShardStore) -> None:
         print_title("Critic", self.folder / "critic" / "stage.json")
         solutions = values.table("solutions")
-        held_out = held_out_problems(solutions)
+        held_out = held_out_problems(solutions["problem_id"])
 
         def make_trainer(args: dict[str, Any]) -> StepCriticTrainer:
             return StepCriticTrainer(
@@ -213,7 +215,7 @@ class Iteration:
             scored["states"] = add_advantages(scored["states"], "critic_values")
             for name, rows in scored.items():
                 self._write(rows, f"{name}_critic")
-            held_out = held_out_problems(scored["solutions"])
+            held_out = held_out_problems(scored["solutions"]["problem_id"])
             unseen = scored["states"].filter(lambda row: row["problem_id"] in held_out)
             ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=TOLD_APART)
             if self._is_main:
@@ -330,20 +332,6 @@ class Iteration:
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
             merged.save_pretrained(folder / "merged")
             self.recipe.tokenizer.save_pretrained(folder / "merged")
-
-
-def held_out_problems(solutions: Dataset) -> set[str]:
-    """
-    Every tenth problem: the critic is measured on them and not trained on them.
-
-    Args:
-        solutions ([`~datasets.Dataset`]):
-            Rows with `problem_id`: all solution rows of an iteration, in their order.
-
-    Returns:
-        `set[str]`: their `problem_id`.
-    """
-    return every_tenth(solutions["problem_id"])
 
 
 def results_table(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -41,7 +41,7 @@ def iteration_folder(folder: Path, number: int) -> Path:
     return first if first.exists() else folder
 
 
-def every_tenth(problem_ids: Iterable[str]) -> set[str]:
+def held_out_problems(problem_ids: Iterable[str]) -> set[str]:
     """
     The problems that a critic is measured on, and not trained on.
 
