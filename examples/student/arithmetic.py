@@ -41,6 +41,12 @@ SPLITS = {"pretrain": range(0, 70), "train": range(70, 80), "validation": range(
 MISCONCEPTION_RATE = 0.65
 SLIP_RATE = 0.08
 
+# What the tokenizer of `pretrain.py` keeps together.
+PIECES = [*"0123456789", " + ", " - ", " max ", " min ", " = ", "\n", "#### "]
+PATTERN = r"[0-9]| (?:\+|-|max|min|=) |\n|#### "
+MAX_TOKENS = 64
+MAX_SOLUTION_TOKENS = 40
+
 
 def split_of(prompt: str) -> str:
     """

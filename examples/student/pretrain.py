@@ -1,6 +1,6 @@
-"""Train the tiny student of the demo from scratch: `python examples/student/pretrain.py --output_dir DIR`.
+"""Train a tiny student from scratch: `python examples/student/pretrain.py --output_dir DIR [--task word_problems]`.
 
-The student learns two things from generated text (see `arithmetic.py`):
+The student learns two things from generated text (see `arithmetic.py`, of the demo, and `word_problems.py`):
 
 - to *solve*: the next token of demonstrations that carry a misconception and random slips;
 - to *proofread*: behind a `<proofread>` token at the very start, each newline of a solution is labelled `<right>` as
@@ -10,10 +10,11 @@ Proofreading stands for what a large model knows from pretraining: a step-critic
 find "is this right?" in the hidden state at the end of a step. Ordinary prompts have no `<proofread>` token, so they
 get ordinary solutions.
 
-Everything follows from `--seed`. On one CPU core the default settings take about ten minutes.
+Everything follows from `--seed`. On one CPU core the default settings take about ten minutes, word problems longer.
 """
 
 import argparse
+import importlib
 import itertools
 import math
 import random
@@ -21,7 +22,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from arithmetic import demonstration, is_correct, make_problems, proofread
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -29,19 +29,19 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 # Proofread solutions have more slips than demonstrations, so that right and wrong lines are about as frequent.
 PROOFREAD_SLIP_RATE = 0.15
 IGNORED = -100
+TASKS = ("arithmetic", "word_problems")  # modules beside this one
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(task) -> PreTrainedTokenizerFast:
     """
-    Tokenizer with one token per digit, operator (its spaces included), newline and `#### `.
+    Tokenizer with one token per digit, word, operator (its spaces included), newline and `#### `.
 
     Nothing is put in front of a prompt; `<eos>` ends a solution. Encoding and decoding are exact inverses.
     """
     special_tokens = ["<pad>", "<eos>", "<unk>", "<proofread>", "<right>", "<wrong>"]
-    pieces = [*"0123456789", " + ", " - ", " max ", " min ", " = ", "\n", "#### "]
-    vocab = {token: i for i, token in enumerate(special_tokens + pieces)}
+    vocab = {token: i for i, token in enumerate(special_tokens + task.PIECES)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9]| (?:\+|-|max|min|=) |\n|#### "), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(task.PATTERN), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -51,7 +51,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<proofread>", "<right>", "<wrong>"],
         clean_up_tokenization_spaces=False,
         padding_side="left",
-        model_max_length=64,
+        model_max_length=task.MAX_TOKENS,
         model_input_names=["input_ids", "attention_mask"],
     )
 
@@ -75,24 +75,30 @@ def make_model(tokenizer: PreTrainedTokenizerFast, width: int, n_layers: int) ->
     return LlamaForCausalLM(config)
 
 
-def solving_batch(problems, rng, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Token ids of shape `(len(texts), length)`, padded at their ends."""
+    return tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids
+
+
+def solving_batch(task, problems, rng, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Demonstrations and their next-token labels.
 
     Returns:
         `input_ids` and `labels`, both of shape `(len(problems), length)`. `labels[:, t]` is the token after
-        `input_ids[:, t]`, or -100 within the prompt.
+        `input_ids[:, t]`, or -100 within the prompt and behind the end.
     """
-    texts = [problem["prompt"] + demonstration(problem, rng) + tokenizer.eos_token for problem in problems]
-    input_ids = torch.tensor(tokenizer(texts).input_ids)
-    prompt_length = len(tokenizer(problems[0]["prompt"]).input_ids)
+    texts = [problem["prompt"] + task.demonstration(problem, rng) + tokenizer.eos_token for problem in problems]
+    input_ids = tokenize(texts, tokenizer)
+    lengths = torch.tensor([len(ids) for ids in tokenizer([problem["prompt"] for problem in problems]).input_ids])
     labels = input_ids.roll(-1, dims=1)
-    labels[:, : prompt_length - 1] = IGNORED
+    labels[torch.arange(labels.shape[1]) < lengths[:, None] - 1] = IGNORED
+    labels[labels == tokenizer.pad_token_id] = IGNORED
     labels[:, -1] = IGNORED
     return input_ids, labels
 
 
-def proofreading_batch(problems, rng, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def proofreading_batch(task, problems, rng, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Solutions behind a `<proofread>` token, labelled at their newlines.
 
@@ -100,23 +106,23 @@ def proofreading_batch(problems, rng, tokenizer) -> tuple[torch.Tensor, torch.Te
         `input_ids` and `labels`, both of shape `(len(problems), length)`. `labels` is `<right>` or `<wrong>` at each
         newline of the solution and -100 elsewhere; the verdicts are never part of the input.
     """
-    solutions = [demonstration(problem, rng, slip_rate=PROOFREAD_SLIP_RATE) for problem in problems]
+    solutions = [task.demonstration(problem, rng, slip_rate=PROOFREAD_SLIP_RATE) for problem in problems]
     texts = ["<proofread>" + p["prompt"] + s + tokenizer.eos_token for p, s in zip(problems, solutions, strict=True)]
-    input_ids = torch.tensor(tokenizer(texts).input_ids)
+    input_ids = tokenize(texts, tokenizer)
     ends_line = input_ids == tokenizer.convert_tokens_to_ids("\n")
     ends_line &= ends_line.cumsum(dim=1) > 1  # the first newline ends the prompt
     # The closing line has no newline, hence no verdict.
-    verdicts = torch.tensor([proofread(p, s)[:-1] for p, s in zip(problems, solutions, strict=True)])
+    verdicts = [is_right for p, s in zip(problems, solutions, strict=True) for is_right in task.proofread(p, s)[:-1]]
     right, wrong = tokenizer.convert_tokens_to_ids(["<right>", "<wrong>"])
     labels = torch.full_like(input_ids, IGNORED)
-    labels[ends_line] = torch.where(verdicts, right, wrong).flatten()
+    labels[ends_line] = torch.where(torch.tensor(verdicts), right, wrong)
     return input_ids, labels
 
 
-def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> None:
+def pretrain(task, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> None:
     """Train on `args.steps` batches of solving and proofreading sequences, with new demonstrations each time."""
     rng = random.Random(args.seed)
-    problems = make_problems("pretrain", args.n_problems, seed=args.seed)
+    problems = task.make_problems("pretrain", args.n_problems, seed=args.seed)
     n_proofreading = round(args.batch_size * args.proofreading_share)
     n_solving = args.batch_size - n_proofreading
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -131,7 +137,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: 
             ("proofreading", n_proofreading, proofreading_batch),
         ):
             if n:
-                input_ids, labels = make_batch(list(itertools.islice(stream, n)), rng, tokenizer)
+                input_ids, labels = make_batch(task, list(itertools.islice(stream, n)), rng, tokenizer)
                 logits = model(input_ids=input_ids, use_cache=False).logits
                 losses[name] = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
@@ -143,7 +149,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: 
             report = "  ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
             print(f"step {step:5d}  {report}  {time.time() - start:.0f} s", flush=True)
         if args.save_steps and step % args.save_steps == 0:
-            save(model, tokenizer, args.output_dir)
+            save(task, model, tokenizer, args.output_dir)
 
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
@@ -154,13 +160,13 @@ def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
+def save(task, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
     """Write the files that `from_pretrained` reads."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
-        max_new_tokens=40,
+        max_new_tokens=task.MAX_SOLUTION_TOKENS,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -169,7 +175,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, problems, do_sample: bool, seed: int) -> tuple[float, float]:
+def accuracy(task, model, tokenizer, problems, do_sample: bool, seed: int) -> tuple[float, float]:
     """
     Share of problems answered right with one solution each.
 
@@ -178,16 +184,17 @@ def accuracy(model, tokenizer, problems, do_sample: bool, seed: int) -> tuple[fl
     """
     model.eval()
     torch.manual_seed(seed)
-    inputs = tokenizer([problem["prompt"] for problem in problems], return_tensors="pt")
+    inputs = tokenizer([problem["prompt"] for problem in problems], padding=True, return_tensors="pt")
     output_ids = model.generate(**inputs, do_sample=do_sample)
     solutions = tokenizer.batch_decode(output_ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    mean = sum(is_correct(p, s) for p, s in zip(problems, solutions, strict=True)) / len(problems)
+    mean = sum(task.is_correct(p, s) for p, s in zip(problems, solutions, strict=True)) / len(problems)
     return mean, math.sqrt(mean * (1 - mean) / len(problems))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch_size", type=int, default=128)
@@ -201,15 +208,16 @@ def main() -> None:
     parser.add_argument("--save_steps", type=int, default=0)
     args = parser.parse_args()
 
+    task = importlib.import_module(args.task)
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(task)
     model = make_model(tokenizer, args.width, args.n_layers)
     print(f"{model.num_parameters():,} parameters")
-    pretrain(model, tokenizer, args)
-    save(model, tokenizer, args.output_dir)
-    problems = make_problems("validation", args.n_eval_problems, seed=args.seed)
+    pretrain(task, model, tokenizer, args)
+    save(task, model, tokenizer, args.output_dir)
+    problems = task.make_problems("validation", args.n_eval_problems, seed=args.seed)
     for name, do_sample in (("sampled", True), ("greedy", False)):
-        mean, standard_error = accuracy(model, tokenizer, problems, do_sample, args.seed)
+        mean, standard_error = accuracy(task, model, tokenizer, problems, do_sample, args.seed)
         print(f"{name}: {mean:.3f} ± {standard_error:.3f} on {len(problems)} validation problems")
 
 
