@@ -271,6 +271,11 @@ class Bench:
         return candidate_errors(np.array(found)) | {"per_run": number / repeats, "covered": len(found) / number}
 
 
+def state_of(row: Row) -> tuple[int, ...]:
+    """Token ids of a state row's state."""
+    return (*row["prompt_ids"], *(token for step in row["prefix_ids"] for token in step))
+
+
 class CandidateTruths:
     """True values of candidates: from the completions that begin with them and that no run may draw."""
 
@@ -285,18 +290,22 @@ class CandidateTruths:
 
     def compare(self, row: Row, run: Shuffle) -> Iterator[tuple[float, ...]]:
         """Value, plain mean, count, and mean, variance and either half's mean of the truth, of each candidate."""
-        prefix = (*row["prompt_ids"], *(token for step in row["prefix_ids"] for token in step))
-        held = run.order_SN[self._row_of[prefix], NUM_DRAWS:]
+        return (truth for _, truth in self.with_places(row, run))
+
+    def with_places(self, row: Row, run: Shuffle) -> Iterator[tuple[int, tuple[float, ...]]]:
+        """The same, with the candidate's place in its row. Those that end the solution are left out."""
+        held = run.order_SN[self._row_of[state_of(row)], NUM_DRAWS:]
         columns = ("values", "mc_successes", "mc_rollouts", "counts", "candidates_ids", "rewards")
-        for value, successes, rollouts, count, ids, reward in zip(*(row[name] for name in columns), strict=True):
-            outcomes = self._outcomes(prefix, tuple(ids), held, run)
+        cells = zip(*(row[name] for name in columns), strict=True)
+        for place, (value, successes, rollouts, count, ids, reward) in enumerate(cells):
+            outcomes = self._outcomes(state_of(row), tuple(ids), held, run)
             if reward is None and len(outcomes) >= self.least:
                 truth = (
                     outcomes.mean(),
                     outcomes.var(ddof=1) / len(outcomes),
                     *(outcomes[i::2].mean() for i in (0, 1)),
                 )
-                yield (value, successes / rollouts, count, *truth)
+                yield place, (value, successes / rollouts, count, *truth)
 
     def _outcomes(self, prefix: tuple[int, ...], step: tuple[int, ...], held: np.ndarray, run: Shuffle) -> np.ndarray:
         child = self._row_of.get(prefix + step)

@@ -1,0 +1,191 @@
+"""
+What matters: one setting of this method at a time, on the demo's task, against the others as they are in the demo.
+
+    python benchmarks/ablations.py [--seeds 0 1 2] [--output_dir runs/learning]
+
+Each row is the demo's recipe on the critic's values with one setting changed, over the same seeds, evaluated on 512
+validation problems: greedily, and 8 samples a problem at temperature 1; intervals are Student's t over seeds. Settings
+of the policy share the data of `learning.py`; settings of the data have data and a critic of their own. Writes
+`benchmarks/results/ablations.json`, the tables in `benchmarks/README.md` and `docs/images/ablations.png`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from learning_jobs import STUDENTS, TASKS, Job, data_of, run_jobs
+from learning_report import METRICS, spread
+from recording import REPOSITORY, machine, versions, write_between
+
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
+TASK = "arithmetic"
+REDUCTIONS = ("samples", "states", "pairs", "pairs without duplicates")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """
+    Values of one setting.
+
+    Attributes:
+        title (`str`):
+            What it is.
+        name (`str`):
+            Field of `DAPOConfig`, or argument of the recipe.
+        values (`tuple`):
+            Values that are tried; the demo's among them.
+        default (`Any`):
+            That of the demo.
+        is_of_data (`bool`):
+            Whether data and critic change with it.
+    """
+
+    title: str
+    name: str
+    values: tuple[Any, ...]
+    default: Any
+    is_of_data: bool = False
+
+    def job(self, value: Any, seed: int) -> Job:
+        if value == self.default:
+            return Job(TASK, seed, "critic", "validation")
+        if self.is_of_data:
+            return Job(TASK, seed, "critic", "validation", data=(f"--{self.name}", str(value)))
+        return Job(TASK, seed, "critic", "validation", {self.name: value})
+
+
+ABLATIONS = (
+    Ablation("beta", "beta", (0.002, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), 0.1),
+    Ablation("smallest advantage gap of a state", "min_advantage_gap", (0.0, 0.1, 0.2, 0.4), 0.1),
+    Ablation(
+        "mean of the loss over", "reduction", ("samples", "states", "pairs", "pairs without duplicates"), "samples"
+    ),
+    Ablation("completions of a state", "num_completions", (2, 4, 8, 16, 32), 8, is_of_data=True),
+    Ablation("solutions kept of a problem", "num_kept", (2, 4, 8), 4, is_of_data=True),
+    Ablation("problems", "num_train_problems", (175, 350, 700, 1400), 700, is_of_data=True),
+    Ablation("layers of the critic", "critic_layers", (2, 4, 6), 6, is_of_data=True),
+)
+
+
+def shorten_student(folder: Path, num_layers: int) -> Path:
+    """The student's first layers: a smaller backbone for a critic."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = folder / f"student-{num_layers}"
+    if not (path / "tokenizer_config.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(STUDENTS)
+        model.model.layers = model.model.layers[:num_layers]
+        model.config.num_hidden_layers = num_layers
+        model.save_pretrained(path)
+        AutoTokenizer.from_pretrained(STUDENTS).save_pretrained(path)
+    return path
+
+
+def jobs_of(ablation: Ablation, seeds: list[int], folder: Path) -> Iterator[tuple[Any, Job]]:
+    for value in ablation.values:
+        for seed in seeds:
+            job = ablation.job(value, seed)
+            if ablation.name == "critic_layers" and value != ablation.default:
+                path = str(shorten_student(folder, value))
+                job = Job(TASK, seed, "critic", "validation", data=("--critic_model_name_or_path", path))
+            yield value, job
+
+
+def measure(seeds: list[int], folder: Path, num_processes: int) -> dict[str, Any]:
+    """Results of all values, and of the critics where they differ."""
+    everything = {ablation.name: list(jobs_of(ablation, seeds, folder)) for ablation in ABLATIONS}
+    run_jobs([job for jobs in everything.values() for _, job in jobs], folder, num_processes)
+    found: dict[str, Any] = {}
+    for ablation in ABLATIONS:
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for value, job in everything[ablation.name]:
+            (result,) = run_jobs([job], folder, num_processes)
+            kept = {name: result[name] for name in (*METRICS, "tokens")}
+            rows.setdefault(str(value), []).append(kept | {"seed": job.seed, "critic": critic_of(job, folder)})
+        found[ablation.name] = {"title": ablation.title, "default": str(ablation.default), "rows": rows}
+    return found
+
+
+def critic_of(job: Job, folder: Path) -> dict[str, float]:
+    """Skill of the critic on problems that it was not trained on."""
+    run = data_of(job, folder).run
+    metrics = json.loads((run / "critic" / "stage.json").read_text())["results"]["metrics"]
+    return {name: metrics[f"eval_{name}"] for name in ("skill", "sibling_ranking") if f"eval_{name}" in metrics}
+
+
+# ---- Report ----
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [f"| setting | value | {' | '.join(METRICS)} | tokens | critic's skill |", "|---" * 6 + "|"]
+    for ablation in found.values():
+        for value, runs in ablation["rows"].items():
+            cells = [spread([run[metric] for run in runs]) for metric in METRICS]
+            tokens = np.mean([run["tokens"] for run in runs])
+            skill = np.mean([run["critic"]["skill"] for run in runs])
+            mark = " (demo)" if value == ablation["default"] else ""
+            lines.append(
+                f"| {ablation['title']} | {value}{mark} | {' | '.join(cells)} | {tokens / 1000:,.0f} k | {skill:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def details(record: dict[str, Any]) -> str:
+    installed = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return (
+        f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}. Versions: {installed}. "
+        f"Validation problems, {len(record['seeds'])} seeds, 95% intervals.\n\n{table(record['results'])}"
+    )
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """A panel a setting."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    for axis, ablation in zip(figure.subplots(2, -(-len(found) // 2), sharey=True).flat, found.values(), strict=False):
+        values = list(ablation["rows"])
+        for metric, marker, color in zip(METRICS, "os", ("#4477aa", "#ee6677"), strict=True):
+            scores = np.array([[100 * run[metric] for run in ablation["rows"][value]] for value in values])
+            axis.plot(range(len(values)), scores.mean(axis=1), marker=marker, color=color, label=metric)
+            axis.plot(range(len(values)), scores, ".", color=color, alpha=0.4, markersize=4)
+        axis.set_xticks(range(len(values)), values)
+        axis.axvline(values.index(ablation["default"]), color="#bbbbbb", linewidth=6, alpha=0.4, zorder=0)
+        axis.set(title=ablation["title"])
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.supylabel("% correct on validation problems")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "learning")
+    parser.add_argument("--num_processes", type=int, default=2, help="Trainings at a time, one core each.")
+    given = parser.parse_args()
+    record = {
+        "command": " ".join(["python benchmarks/ablations.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": versions(*PACKAGES),
+        "seeds": given.seeds,
+        "settings": TASKS[TASK].settings,
+        "results": measure(given.seeds, given.output_dir, given.num_processes),
+    }
+    path = REPOSITORY / "benchmarks" / "results" / "ablations.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    draw(record["results"], REPOSITORY / "docs" / "images" / "ablations.png")
+    write_between(REPOSITORY / "benchmarks" / "README.md", "ablations", details(record))
+    print(table(record["results"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""
+What a critic adds to counts: mean squared error of the candidates' values against generated tokens, for each estimator.
+
+    python benchmarks/estimators.py [--seeds 0 1 2 3 4] [--repeats 10]
+
+Advantages are made of the values of candidate next steps. `monte_carlo` values a candidate by the completions that
+begin with it or pass through it, `critic` by the critic alone, `shrinkage` by both. As in `values.py`, completions come
+from a pool of 512 of every state of the kept solutions of 80 validation problems, so that values can be compared with
+those of completions that no estimate has seen; the variance of these is subtracted. A critic comes from the demo's run
+of each seed, which has never seen these problems. Its prior strength is fitted on one half of them; errors are those of
+the other half, with bootstrap intervals over problems. The bare mean of every state's own completions is compared too.
+
+Writes `benchmarks/results/estimators.json`, `docs/images/estimators.png` and the table in `benchmarks/README.md`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from matplotlib.figure import Figure
+from transformers import AutoTokenizer
+
+from dapo_trl import StepCriticConfig, StepCriticTrainer
+from dapo_trl.shrinkage import fit_prior_strength, shrinkage_values
+from learning_jobs import TASKS, Data, make_data, run_in_processes
+from recording import REPOSITORY, machine, versions, write_between
+from value_pool import PROBLEM_SEED, STUDENT, Row, load_pool
+from values import Bench, CandidateTruths, Scheme, estimate, shuffle, state_of
+
+
+PACKAGES = ("torch", "transformers", "trl", "datasets", "numpy")
+NUMBERS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # completions of a state, with reuse
+STYLES = {  # colours of Paul Tol's "bright" scheme
+    "monte_carlo": ("#000000", "o", "Monte Carlo"),
+    "critic": ("#228833", "s", "critic"),
+    "shrinkage": ("#ee6677", "D", "shrinkage"),
+}
+COLUMNS = ("mc_successes", "mc_rollouts", "counts", "candidates_ids")
+
+
+class Candidates:
+    """
+    Candidates of runs with some number of completions, and what they are truly worth. C candidates of all runs.
+
+    Args:
+        bench ([`~values.Bench`]):
+            Pool and halves.
+        number (`int`):
+            Completions of a state.
+        repeats (`int`):
+            Runs.
+    """
+
+    def __init__(self, bench: Bench, number: int, repeats: int) -> None:
+        self.scheme = Scheme("reuse", number)
+        truths = CandidateTruths(bench.pool, bench.tokenizer)
+        problems = list(dict.fromkeys(bench.pool.problems))
+        self.rows: list[Row] = []
+        found, self.keys = [], []
+        tokens_S = np.zeros(len(bench.pool.prefixes))
+        for repeat in range(repeats):
+            run = shuffle(bench.pool, repeat)
+            _, tokens, rows = estimate(self.scheme, bench.pool, bench.pool.rows, bench.tokenizer, run.order_SN)
+            tokens_S += tokens / repeats
+            for row in rows:
+                self.rows.append(row)
+                for column, truth in truths.with_places(row, run):
+                    cells = [row[name][column] for name in COLUMNS[:3]]
+                    found.append([*cells, *truth[3:5], problems.index(row["problem_id"])])
+                    self.keys.append((state_of(row), tuple(row["candidates_ids"][column])))
+        self.k, self.n, self.counts, self.truth, self.variance, problem = np.array(found, dtype=np.float64).T
+        self.problem = problem.astype(int)
+        in_report = np.isin(bench.problem_S, bench.picks["report"])
+        self.tokens = float(tokens_S[in_report].mean())
+
+    def errors(self, values: np.ndarray, counts: bool, weights_P: np.ndarray) -> float:
+        """Mean squared error, where each problem counts as often as its weight says."""
+        w = weights_P[self.problem] * (self.counts if counts else 1.0)
+        return float(np.average((values - self.truth) ** 2 - self.variance, weights=w))
+
+
+def critic_values(critic: Path, rows: list[Row]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
+    """Values of all candidates by a critic, each state once."""
+    different = {(state_of(row), *map(tuple, row["candidates_ids"])): row for row in rows}
+    config = StepCriticConfig(str(critic), use_cpu=True, bf16=False, report_to="none", max_length=None)
+    tokenizer = AutoTokenizer.from_pretrained(critic)
+    trainer = StepCriticTrainer(model=str(critic), args=config, processing_class=tokenizer)
+    valued = trainer.predict_values(Dataset.from_list(list(different.values())))
+    return {
+        (state_of(row), tuple(ids)): value
+        for row in valued
+        for ids, value in zip(row["candidates_ids"], row["critic_values"], strict=True)
+    }
+
+
+def measure(bench: Bench, critics: list[Path], repeats: int) -> dict[str, Any]:
+    """Errors of the estimators at each number of completions, over critics and problems."""
+    sets = [Candidates(bench, number, repeats) for number in NUMBERS]
+    rows = [row for candidates in sets for row in candidates.rows]
+    known = [critic_values(critic, rows) for critic in critics]
+    ones = np.zeros(len(bench.picks["search"]) + len(bench.picks["report"]))
+    ones[bench.picks["report"]] = 1
+    rng, size = np.random.default_rng(0), len(bench.picks["report"])
+    draws = [np.bincount(rng.choice(bench.picks["report"], size), minlength=len(ones)) for _ in range(500)]
+    found: dict[str, Any] = {"critics": len(critics), "points": {}}
+    for name, is_weighted in (("drawn", True), ("unique", False)):
+        curves = {each: _curve(sets, known, bench, each, is_weighted, [ones, *draws]) for each in STYLES}
+        found["points"][name] = {
+            each: [
+                {"num_completions": number, "tokens": candidates.tokens, "error": curve[0], "interval": _ends(curve)}
+                for number, candidates, curve in zip(NUMBERS, sets, errors, strict=True)
+            ]
+            for each, errors in curves.items()
+        }
+        found["points"][name]["saved"] = _saved([c.tokens for c in sets], curves)
+    return found
+
+
+def _curve(
+    sets: list[Candidates], known: list[dict], bench: Bench, name: str, is_weighted: bool, weights: list[np.ndarray]
+) -> list[list[float]]:
+    """Errors at each number of completions: a list over resamples, the mean over critics."""
+    curve = []
+    for candidates in sets:
+        values = _values(candidates, known, bench, name)
+        errors = [[candidates.errors(one, is_weighted, w) for w in weights] for one in values]
+        curve.append(np.mean(errors, axis=0).tolist())
+    return curve
+
+
+def _values(candidates: Candidates, known: list[dict], bench: Bench, name: str) -> list[np.ndarray]:
+    if name == "monte_carlo":
+        return [candidates.k / candidates.n]
+    prior = [np.array([of_critic[key] for key in candidates.keys]) for of_critic in known]
+    if name == "critic":
+        return prior
+    fitted = np.isin(candidates.problem, bench.picks["search"])
+    k, n = candidates.k, candidates.n
+    whole = fitted & (k == np.round(k))
+    return [shrinkage_values(k, n, v, fit_prior_strength(k[whole], n[whole], v[whole])).values for v in prior]
+
+
+def _saved(tokens: list[float], curves: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
+    """Share of the tokens of `monte_carlo` that `shrinkage` does without, at its own error at each number."""
+    saved = []
+    for number, own, errors in zip(NUMBERS, tokens, curves["shrinkage"], strict=True):
+        shares = []
+        for draw, error in enumerate(errors):
+            curve = np.array([point[draw] for point in curves["monte_carlo"]])
+            needed = np.exp(np.interp(np.log(error), np.log(curve[::-1]), np.log(tokens[::-1])))
+            shares.append(1 - own / needed if curve[-1] <= error <= curve[0] else np.nan)
+        has_interval = np.isfinite(shares).mean() > 0.95
+        ends = np.nanquantile(shares, (0.025, 0.975)).tolist() if has_interval else None
+        share = shares[0] if np.isfinite(shares[0]) else None
+        saved.append({"num_completions": number, "share": share, "interval": ends})
+    return saved
+
+
+def _ends(draws: list[float]) -> list[float]:
+    return np.quantile(draws, (0.025, 0.975)).tolist()
+
+
+# ---- Report ----
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| completions of a state | tokens a state | Monte Carlo | critic | shrinkage "
+        "| tokens that shrinkage saves at its error |",
+        "|---" * 6 + "|",
+    ]
+    points = results["points"]["drawn"]
+    for row, saved in enumerate(points["saved"]):
+        cells = [f"{points[name][row]['error']:.4f}" for name in STYLES]
+        share = "more than all curves have" if saved["share"] is None else f"{saved['share']:.0%}"
+        if saved["interval"]:
+            share += " ({:.0%} to {:.0%})".format(*saved["interval"])
+        tokens = points["monte_carlo"][row]["tokens"]
+        lines.append(f"| {saved['num_completions']} | {tokens:.0f} | {' | '.join(cells)} | {share} |")
+    return "\n".join(lines)
+
+
+def details(record: dict[str, Any]) -> str:
+    installed = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return (
+        f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}. Versions: {installed}. Mean "
+        "squared error of candidates' values on 40 problems, each as often as it was drawn; means over "
+        f"{record['results']['critics']} critics.\n\n{table(record['results'])}"
+    )
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for name, (color, marker, title) in STYLES.items():
+        points = results["points"]["drawn"][name]
+        tokens, errors = [point["tokens"] for point in points], [point["error"] for point in points]
+        bars = np.abs(np.transpose([point["interval"] for point in points]) - errors)
+        axis.errorbar(tokens, errors, bars, color=color, marker=marker, markersize=5, capsize=2, label=title)
+    axis.set(xscale="log", yscale="log", xlabel="generated tokens per state")
+    axis.set_ylabel("mean squared error of a candidate's value")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--num_problems", type=int, default=80)
+    parser.add_argument("--num_truth", type=int, default=512)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="Of the critics.")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "values")
+    parser.add_argument("--critics_dir", type=Path, default=REPOSITORY / "runs" / "learning" / "arithmetic")
+    given = parser.parse_args()
+    data = [Data(TASKS["arithmetic"], seed, given.critics_dir / f"seed-{seed}") for seed in given.seeds]
+    run_in_processes(make_data, [(each,) for each in data], 2)
+    bench = Bench(load_pool(given), AutoTokenizer.from_pretrained(STUDENT))
+    record = {
+        "command": " ".join(["python benchmarks/estimators.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": versions(*PACKAGES),
+        "seeds": {"problems": PROBLEM_SEED, "critics": given.seeds, "draws": "the number of the run", "bootstrap": 0},
+        "results": measure(bench, [each.run / "critic" for each in data], given.repeats),
+    }
+    path = REPOSITORY / "benchmarks" / "results" / "estimators.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    draw(record["results"], REPOSITORY / "docs" / "images" / "estimators.png")
+    write_between(REPOSITORY / "benchmarks" / "README.md", "estimators", details(record))
+    print(table(record["results"]))
+
+
+if __name__ == "__main__":
+    main()

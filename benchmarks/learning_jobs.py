@@ -1,0 +1,263 @@
+"""
+What `learning.py` and `ablations.py` have in common: tasks, data of equal cost, trainings, and their results on disk.
+
+A job is one training and its evaluation; its result is kept in a file of its own, so that a benchmark that was killed
+goes on where it was. Jobs run in as many processes as there are cores, one thread each.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from datasets import Dataset
+
+from recording import REPOSITORY
+
+
+STUDENTS = REPOSITORY / "examples" / "student"
+sys.path.append(str(STUDENTS))
+NUM_TEST, NUM_VALIDATION, K = 1024, 512, 8
+PROBLEM_SEED = 77  # of the problems that policies are evaluated on: the same for all
+SAMPLE_SEED = 99  # of their samples
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A kind of problems, with a student that half knows it.
+
+    Attributes:
+        name (`str`):
+            Module of `examples/student` that makes the problems.
+        student (`Path`):
+            The model.
+        recipe (`Path`):
+            How this method is run on it.
+    """
+
+    name: str
+    student: Path
+    recipe: Path
+
+    @property
+    def module(self) -> ModuleType:
+        return importlib.import_module(self.name)
+
+    def problems(self, split: str, number: int, seed: int) -> Dataset:
+        return Dataset.from_list(self.module.make_problems(split, number, seed))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of the recipe."""
+        import yaml
+
+        return yaml.safe_load(self.recipe.read_text())
+
+
+RECIPES = REPOSITORY / "examples" / "recipes"
+TASKS = {
+    "arithmetic": Task("arithmetic", STUDENTS, RECIPES / "demo.yaml"),
+    "word_problems": Task("word_problems", STUDENTS / "word_problems", RECIPES / "word-problems.yaml"),
+}
+
+
+# ---- Data ----
+
+
+@dataclass(frozen=True)
+class Data:
+    """
+    What the methods may learn from: for each seed the same problems, and as many generated tokens.
+
+    Args:
+        task ([`Task`]):
+            Task.
+        seed (`int`):
+            Seed of problems, sampling, critic and training.
+        folder (`Path`):
+            Where it is kept.
+        arguments (`tuple[str, ...]`, *optional*):
+            Command line arguments for `dapo-trl score`, of the ablations.
+    """
+
+    task: Task
+    seed: int
+    folder: Path
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def make(self) -> None:
+        """Sample what is not there yet."""
+        dapo_trl("score", self.task, self.seed, self.run, "--values", "critic", *self.arguments)
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens of this method's data: solutions and completions."""
+        manifests = [json.loads((self.run / part / "manifest.json").read_text()) for part in ("sampled", "values")]
+        return sum(manifest["counts"]["tokens_generated"] for manifest in manifests)
+
+    def states(self) -> Dataset:
+        """State rows with counts and the critic's values."""
+        return Dataset.from_parquet(str(self.run / "data" / "states_critic.parquet"), cache_dir=self._cache)
+
+    @property
+    def _cache(self) -> str:
+        return str(self.folder / ".cache" / str(os.getpid()))
+
+    def solutions(self) -> list[dict[str, Any]]:
+        """Solutions for the methods that learn from whole ones: as many tokens as this method's data have."""
+        from dapo_trl import math_reward
+        from dapo_trl.engines import SamplingConfig
+        from dapo_trl.rollouts import RolloutConfig
+        from dapo_trl.stages import sample_stage
+
+        settings = self.task.settings
+        problems = self.task.problems("train", settings["num_train_problems"], self.seed)
+        sampled = json.loads((self.run / "sampled" / "manifest.json").read_text())["counts"]
+        mean = sampled["tokens_generated"] / (settings["num_train_problems"] * settings["num_solutions"])
+        config = RolloutConfig(
+            num_solutions=round(self.tokens / len(problems) / mean),
+            sampling=SamplingConfig(max_new_tokens=settings["max_new_tokens"]),
+            seed=self.seed + 7_000_003,
+        )
+        engine = make_engine(self.task.student)
+        store = sample_stage(problems, engine, math_reward, config, self.folder / "solutions", settings["shard_size"])
+        return list(store.table("sampled"))
+
+
+def dapo_trl(command: str, task: Task, seed: int, folder: Path, *arguments: str) -> None:
+    """Run a command of the library in a process of its own."""
+    words = [sys.executable, "-m", "dapo_trl", command, str(task.recipe)]
+    words += ["--seed", str(seed), "--output_dir", str(folder), *arguments]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log:
+        subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT)
+
+
+def make_engine(model: Any) -> Any:
+    """Engine of a model, or of the one in a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dapo_trl import TransformersEngine
+
+    if isinstance(model, Path):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        return TransformersEngine(AutoModelForCausalLM.from_pretrained(model), tokenizer, batch_size=512)
+    policy, tokenizer = model
+    return TransformersEngine(policy.eval(), tokenizer, batch_size=512)
+
+
+# ---- Jobs ----
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    One training, and its evaluation.
+
+    Attributes:
+        task (`str`), seed (`int`), method (`str`):
+            What is trained on, and how.
+        split (`str`):
+            `"validation"` to choose settings, `"test"` to report.
+        settings (`dict`):
+            Settings of the method.
+        data (`tuple[str, ...]`):
+            Arguments of the data, of the ablations.
+    """
+
+    task: str
+    seed: int
+    method: str
+    split: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: tuple[str, ...] = ()
+
+    def path(self, folder: Path) -> Path:
+        """Where its result is."""
+        words = [f"{name}={value}" for name, value in sorted(self.settings.items())]
+        name = "-".join([self.method, *words, self.split]).replace("/", "_")
+        return data_of(self, folder).folder / "results" / f"{name}.json"
+
+
+def data_of(job: Job, folder: Path) -> Data:
+    place = "-".join([f"seed-{job.seed}", *(word.strip("-").rpartition("/")[2] for word in job.data)])
+    return Data(TASKS[job.task], job.seed, folder / job.task / place, job.data)
+
+
+def run_jobs(jobs: Iterable[Job], folder: Path, num_processes: int) -> list[dict[str, Any]]:
+    """Results of all jobs, in their order; those that are there are not run again."""
+    jobs = list(jobs)
+    missing = list({job.path(folder): job for job in jobs if not job.path(folder).exists()}.values())
+    data = {data_of(job, folder): job for job in missing}
+    run_in_processes(make_data, [(each,) for each in data], num_processes)
+    run_in_processes(run_job, [(job, folder) for job in missing], num_processes)
+    return [json.loads(job.path(folder).read_text()) for job in jobs]
+
+
+def make_data(data: Data) -> None:
+    data.make()
+
+
+def run_job(job: Job, folder: Path) -> None:
+    """Train, evaluate, and keep the result."""
+    from learning_methods import METHODS
+
+    start = time.perf_counter()
+    trained = METHODS[job.method](data_of(job, folder), dict(job.settings))
+    seconds = time.perf_counter() - start
+    result = {
+        **asdict(job),
+        "training_seconds": round(seconds, 1),
+        "tokens": trained.tokens,
+        **evaluate(TASKS[job.task], trained.engine, job.split),
+    }
+    path = job.path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2))
+    print(
+        f"{path.parent.parent.name} {path.stem}: greedy {result['greedy']:.3f}, mean@8 {result['mean@8']:.3f}",
+        flush=True,
+    )
+
+
+def evaluate(task: Task, engine: Any, split: str) -> dict[str, float]:
+    """Accuracy on problems of a split, of which nothing was trained on."""
+    from dapo_trl import math_reward
+    from dapo_trl.engines import SamplingConfig
+    from dapo_trl.evaluation import evaluate_policy
+
+    problems = held_out(task, split)
+    sampling = SamplingConfig(max_new_tokens=task.settings["max_new_tokens"])
+    found = evaluate_policy(problems, engine, math_reward, sampling, K, SAMPLE_SEED)
+    return {"greedy": found.greedy.mean, f"mean@{K}": found.mean_at_k.mean, f"pass@{K}": found.pass_at_k.mean}
+
+
+@lru_cache
+def held_out(task: Task, split: str) -> Dataset:
+    return task.problems(split, NUM_TEST if split == "test" else NUM_VALIDATION, PROBLEM_SEED)
+
+
+def run_in_processes(function: Callable[..., Any], arguments: list[tuple[Any, ...]], num_processes: int) -> None:
+    """Call a function with each of several arguments, in so many processes of one thread each."""
+    if not arguments:
+        return
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ.update(variables | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "DAPO_TRL_QUIET": "1"})
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        for future in [pool.submit(function, *each) for each in arguments]:
+            future.result()

@@ -1,0 +1,333 @@
+"""
+The methods that `learning.py` compares, each with what TRL ships: from data of equal cost to a trained policy.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from dapo_trl import DAPOConfig, DAPOTrainer, add_advantages, math_reward
+from dapo_trl.run_folder import held_out_problems
+from dapo_trl.shrinkage import add_shrinkage_values, fit_strength
+from learning_jobs import Data, dapo_trl, make_engine
+
+
+BATCH, WARMUP = 64, 20  # sequences, pairs or states of an optimizer step; its first steps
+MAX_PAIRS, MAX_SOLUTIONS = 8, 16  # of one problem, drawn at random
+Row = dict[str, Any]
+
+
+@dataclass
+class Trained:
+    """
+    A trained policy.
+
+    Attributes:
+        engine ([`~dapo_trl.engines.Engine`]):
+            It, ready to sample.
+        tokens (`int`):
+            Tokens that were generated for its training.
+    """
+
+    engine: Any
+    tokens: int
+
+
+def load(data: Data) -> tuple[Any, Any]:
+    student = data.task.student
+    return AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+
+
+def arguments(data: Data, **given: Any) -> dict[str, Any]:
+    """Arguments of all trainers."""
+    return {
+        "output_dir": str(data.folder / "trainer"),
+        "per_device_train_batch_size": BATCH,
+        "warmup_steps": WARMUP,
+        "num_train_epochs": 1,
+        "gradient_checkpointing": False,
+        "max_length": None,
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1000,
+        "seed": data.seed,
+    } | given
+
+
+def finish(trainer: Any, tokens: int) -> Trained:
+    trainer.train()
+    return Trained(make_engine((trainer.model, trainer.processing_class)), tokens)
+
+
+# ---- This method ----
+
+
+# What the loss is a mean over: samples; the pairs of a state, and states; pairs (paper); pairs, where duplicates were
+# removed before the advantages were computed.
+WEIGHTS = {"samples": "counts", "states": "counts", "pairs": "uniform", "pairs without duplicates": "uniform"}
+
+
+def states_by(source: str, data: Data, reduction: str = "samples") -> Dataset:
+    """State rows with advantages from a source of values."""
+    rows = data.states()
+    if reduction == "pairs without duplicates":
+        rows = rows.remove_columns("counts")
+    if source == "shrinkage":
+        held_out = held_out_problems(rows["problem_id"])
+        strength = fit_strength(rows.filter(lambda row: row["problem_id"] in held_out))
+        rows = add_shrinkage_values(rows, strength)
+    column = {"monte_carlo": "values", "critic": "critic_values", "shrinkage": "shrinkage_values"}[source]
+    rows = add_advantages(rows, column)
+    return rows.map(weigh_alike) if reduction == "states" else rows
+
+
+def weigh_alike(row: Row) -> Row:
+    """Candidates of a state weigh the same, and together as much as those of any other."""
+    return {"counts": [round(5040 / len(row["counts"]))] * len(row["counts"])}
+
+
+def train_policy(source: str, data: Data, settings: dict[str, Any]) -> Trained:
+    """One iteration: the policy of the recipe, on data that are there."""
+    model, tokenizer = load(data)
+    reduction = settings.pop("reduction", "samples")
+    rows = states_by(source, data, reduction)
+    policy = data.task.settings["policy"] | {"duplicate_weights": WEIGHTS[reduction]} | settings
+    trainer = DAPOTrainer(
+        model,
+        args=DAPOConfig(**arguments(data, **policy)),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    return finish(trainer, data.tokens)
+
+
+def train_twice(source: str, data: Data, settings: dict[str, Any]) -> Trained:
+    """Two iterations on half the problems, so that both together generate as many tokens."""
+    names = "-".join(f"{name}={value}" for name, value in sorted(settings.items()))
+    folder = data.folder / f"two-{source}-{names}"
+    half = str(data.task.settings["num_train_problems"] // 2)
+    given = ["--values", source, "--iterations", "2", "--num_train_problems", half, "--num_test_problems", "8"]
+    given += [word for name, value in settings.items() for word in (f"--policy.{name}", str(value))]
+    dapo_trl("run", data.task, data.seed, folder, *given)
+    last = folder / "iteration-2"
+    tokens = sum(
+        json.loads((place / part / "manifest.json").read_text())["counts"]["tokens_generated"]
+        for place in (folder, last)
+        for part in ("sampled", "values")
+    )
+    return Trained(make_engine(last / ("policy" if source == "critic" else f"policy_{source}")), tokens)
+
+
+# ---- What people do today ----
+
+
+def by_problem(rows: list[Row]) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Right and wrong solutions of each problem."""
+    groups: dict[str, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))
+    for row in rows:
+        if not row["truncated"]:
+            groups[row["problem_id"]][0 if row["reward"] >= 0.5 else 1].append(row)
+    yield from groups.values()
+
+
+def tokens_of(rows: list[Row]) -> int:
+    return sum(len(step) for row in rows for step in row["completions_ids"])
+
+
+def ids_of(row: Row) -> list[int]:
+    return [token for step in row["completions_ids"] for token in step]
+
+
+def train_on_right_solutions(data: Data, settings: dict[str, Any]) -> Trained:
+    """Rejection fine-tuning (RFT): SFT on the right solutions."""
+    rows = data.solutions()
+    model, tokenizer = load(data)
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(**arguments(data, **settings)),
+        train_dataset=Dataset.from_list(right_solutions(rows, data.seed)),
+        processing_class=tokenizer,
+    )
+    return finish(trainer, tokens_of(rows))
+
+
+def right_solutions(rows: list[Row], seed: int) -> list[Row]:
+    """Right solutions as prompts and completions."""
+    rng = random.Random(seed)
+    chosen = [row for right, _ in by_problem(rows) for row in rng.sample(right, min(len(right), MAX_SOLUTIONS))]
+    return [{"prompt": row["prompt"], "completion": "".join(row["completions"])} for row in chosen]
+
+
+class TokenizedDPOTrainer(DPOTrainer):
+    """Takes rows that are tokenized. TRL's adds an end token to every text; a step in the middle does not have one."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+
+def train_by_dpo(data: Data, pairs: list[Row], settings: dict[str, Any], tokens: int) -> Trained:
+    model, tokenizer = load(data)
+    trainer = TokenizedDPOTrainer(
+        model,
+        args=DPOConfig(**arguments(data, **settings)),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    return finish(trainer, tokens)
+
+
+def train_on_solution_pairs(data: Data, settings: dict[str, Any]) -> Trained:
+    """DPO on pairs of a right and a wrong solution."""
+    rows = data.solutions()
+    return train_by_dpo(data, solution_pairs(rows, data.seed), settings, tokens_of(rows))
+
+
+def solution_pairs(rows: list[Row], seed: int) -> list[Row]:
+    """Pairs of a right and a wrong solution of one problem."""
+    rng, pairs = random.Random(seed), []
+    for right, wrong in by_problem(rows):
+        for _ in range(min(len(right) * len(wrong), MAX_PAIRS)):
+            chosen, rejected = ids_of(rng.choice(right)), ids_of(rng.choice(wrong))
+            pairs.append({"prompt_ids": right[0]["prompt_ids"], "chosen_ids": chosen, "rejected_ids": rejected})
+    return pairs
+
+
+def train_on_step_pairs(data: Data, settings: dict[str, Any]) -> Trained:
+    """Step-DPO: the state is the prompt; the best of its next steps by Monte Carlo against the worst."""
+    pairs = step_pairs(states_by("monte_carlo", data))
+    return train_by_dpo(data, pairs, {"num_train_epochs": 2} | settings, data.tokens)
+
+
+def step_pairs(states: Iterable[Row]) -> list[Row]:
+    """The best and the worst next step of each state, where they differ by 0.1 at least."""
+    pairs = []
+    for row in states:
+        advantages = row["advantages"]
+        best, worst = (choose(range(len(advantages)), key=advantages.__getitem__) for choose in (max, min))
+        if advantages[best] - advantages[worst] < 0.1:
+            continue
+        pairs.append(
+            {
+                "prompt_ids": row["prompt_ids"] + [token for step in row["prefix_ids"] for token in step],
+                "chosen_ids": row["candidates_ids"][best],
+                "rejected_ids": row["candidates_ids"][worst],
+            }
+        )
+    return pairs
+
+
+def train_on_labels(data: Data, settings: dict[str, Any]) -> Trained:
+    """KTO: single solutions, right or wrong."""
+    rows = data.solutions()
+    model, tokenizer = load(data)
+    trainer = KTOTrainer(
+        model,
+        args=KTOConfig(**arguments(data, **settings)),
+        train_dataset=Dataset.from_list(labelled_solutions(rows, data.seed)),
+        processing_class=tokenizer,
+    )
+    return finish(trainer, tokens_of(rows))
+
+
+def labelled_solutions(rows: list[Row], seed: int) -> list[Row]:
+    """Solutions of problems that have right and wrong ones."""
+    rng = random.Random(seed)
+    groups = [right + wrong for right, wrong in by_problem(rows) if right and wrong]
+    chosen = [row for group in groups for row in rng.sample(group, min(len(group), MAX_SOLUTIONS))]
+    return [
+        {"prompt": row["prompt"], "completion": "".join(row["completions"]), "label": row["reward"] >= 0.5}
+        for row in chosen
+    ]
+
+
+class StopAtBudget(TrainerCallback):
+    """Counts generated tokens, and ends the training when they are spent."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.tokens = budget, 0
+
+    def reward(self, completions: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        self.tokens += sum(map(len, completion_ids))
+        return [reward or 0.0 for reward in math_reward(completions=completions, **kwargs)]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = self.tokens >= self.budget
+        return control
+
+
+def train_online(data: Data, settings: dict[str, Any]) -> Trained:
+    """GRPO with the token-mean loss and decoupled clipping of ByteDance's DAPO (2503.14476): online."""
+    task, counter = data.task, StopAtBudget(data.tokens)
+    batch = 4 * BATCH
+    mean = tokens_per_solution(data.run)
+    given = {
+        "loss_type": "dapo",
+        "beta": 0.0,
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "mask_truncated_completions": True,
+        "num_generations": 8,
+        "per_device_train_batch_size": batch,
+        "warmup_steps": 5,
+        "max_completion_length": task.settings["max_new_tokens"],
+        "max_steps": round(data.tokens / mean / batch) * settings.get("num_iterations", 1),
+    }
+    shared = arguments(data)
+    del shared["max_length"], shared["num_train_epochs"]
+    model, tokenizer = load(data)
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=counter.reward,
+        args=GRPOConfig(**shared | given | settings),
+        train_dataset=task.problems("train", task.settings["num_train_problems"], data.seed),
+        processing_class=tokenizer,
+        callbacks=[counter],
+    )
+    trained = finish(trainer, 0)
+    return Trained(trained.engine, counter.tokens)
+
+
+def tokens_per_solution(run: Path) -> float:
+    counts = json.loads((run / "sampled" / "manifest.json").read_text())
+    return counts["counts"]["tokens_generated"] / counts["rows"]["sampled"]
+
+
+def keep_student(data: Data, settings: dict[str, Any]) -> Trained:
+    """No training."""
+    return Trained(make_engine(data.task.student), 0)
+
+
+SOURCES = ("critic", "shrinkage", "monte_carlo")
+METHODS = {
+    "student": keep_student,
+    "rft": train_on_right_solutions,
+    "dpo": train_on_solution_pairs,
+    "step_dpo": train_on_step_pairs,
+    "kto": train_on_labels,
+    "grpo": train_online,
+    **{source: (lambda data, settings, source=source: train_policy(source, data, settings)) for source in SOURCES},
+    **{
+        f"{source}_2": (lambda data, settings, source=source: train_twice(source, data, settings)) for source in SOURCES
+    },
+}

@@ -1,0 +1,127 @@
+"""
+Tables and figure of `learning.py`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from learning_jobs import K
+
+
+TITLES = {
+    "student": "student, untrained",
+    "rft": "rejection fine-tuning (SFT)",
+    "dpo": "DPO on solution pairs",
+    "step_dpo": "Step-DPO on sibling steps",
+    "kto": "KTO on solutions",
+    "grpo": 'GRPO, `loss_type="dapo"` (online)',
+    "critic": "this method, critic",
+    "shrinkage": "this method, shrinkage",
+    "monte_carlo": "this method, Monte Carlo",
+    "critic_2": "this method, critic, two iterations",
+    "shrinkage_2": "this method, shrinkage, two iterations",
+    "monte_carlo_2": "this method, Monte Carlo, two iterations",
+}
+BASELINES = ("rft", "dpo", "step_dpo", "kto", "grpo")
+OWN = tuple(name for name in TITLES if name not in (*BASELINES, "student"))
+METRICS = (f"mean@{K}", "greedy")
+# Half-width of a 95% interval over this many seeds, in standard errors (Student's t).
+T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+def interval(numbers: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95% interval, in points."""
+    x = 100 * np.asarray(numbers)
+    half = T[len(x)] * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else float("nan")
+    return float(x.mean()), float(half)
+
+
+def scores(task: dict[str, Any], method: str, metric: str) -> np.ndarray:
+    return np.array([run[metric] for run in task["results"][method].values()])
+
+
+def best(task: dict[str, Any], methods: Sequence[str], metric: str = METRICS[0]) -> str:
+    """The method with the highest mean."""
+    return max(methods, key=lambda method: scores(task, method, metric).mean())
+
+
+def spread(numbers: Sequence[float], form: str = "") -> str:
+    mean, half = interval(numbers)
+    return f"{mean:{form}.1f} ± {half:.1f}"
+
+
+def table(task: dict[str, Any]) -> str:
+    """Accuracy of each method, and how far the best of this method's is ahead of it, seed by seed."""
+    ahead = best(task, OWN)
+    titles = [f"{metric}" for metric in METRICS]
+    titles += [f"{metric}: {TITLES[ahead].removeprefix('this method, ')} minus this" for metric in METRICS]
+    lines = [f"| method | {' | '.join(titles)} | tokens | settings |", "|---" * (len(titles) + 3) + "|"]
+    for method, runs in task["results"].items():
+        cells = [spread(scores(task, method, metric)) for metric in METRICS]
+        for metric in METRICS:
+            differences = scores(task, ahead, metric) - scores(task, method, metric)
+            cells.append("" if method == ahead else spread(differences, "+"))
+        tokens = np.mean([run["tokens"] for run in runs.values()])
+        settings = ", ".join(f"{name} {value:g}" for name, value in task["settings"][method].items())
+        title = f"**{TITLES[method]}**" if method == ahead else TITLES[method]
+        lines.append(f"| {title} | {' | '.join(cells)} | {tokens / 1000:,.0f} k | {settings} |")
+    return "\n".join(lines)
+
+
+def verdict(task: dict[str, Any]) -> str:
+    """Who is ahead, in words."""
+    own, other = best(task, OWN), best(task, BASELINES)
+    mean, half = interval(scores(task, own, METRICS[0]) - scores(task, other, METRICS[0]))
+    told_apart = abs(mean) > half
+    names = TITLES[own], TITLES[other]
+    if not told_apart:
+        return f"{METRICS[0]}: {names[0]} and {names[1]} cannot be told apart ({mean:+.1f} ± {half:.1f} points)."
+    first, second = names if mean > 0 else names[::-1]
+    return f"{METRICS[0]}: {first} is ahead of {second}, by {abs(mean):.1f} ± {half:.1f} points."
+
+
+def tuning_table(task: dict[str, Any]) -> str:
+    """All settings that were tried, on validation problems."""
+    lines = [f"| method | settings | validation {METRICS[0]} | greedy |", "|---|---|---|---|"]
+    for method, found in task["tuning"].items():
+        for run in found["tried"]:
+            settings = ", ".join(f"{name} {value:g}" for name, value in run["settings"].items())
+            mark = "**" if run["settings"] == found["chosen"] else ""
+            cells = [f"{mark}{100 * run[metric]:.1f}{mark}" for metric in METRICS]
+            lines.append(f"| {TITLES[method]} | {settings} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def details(record: dict[str, Any]) -> str:
+    installed = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    text = f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}. Versions: {installed}.\n"
+    for name, task in record["tasks"].items():
+        text += f"\n### Task `{name}`\n\n{verdict(task)}\n\n{table(task)}\n"
+        text += f"\n<details><summary>All settings that were tried</summary>\n\n{tuning_table(task)}\n\n</details>\n"
+    return text.rstrip()
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """A line a method: accuracy of one sample and of greedy decoding, with intervals."""
+    tasks = record["tasks"]
+    figure = Figure(figsize=(6.2 * len(tasks), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    methods = list(next(iter(tasks.values()))["results"])[::-1]
+    for axis, (name, task) in zip(axes, tasks.items(), strict=True):
+        for metric, marker, shift in zip(METRICS, "os", (0.12, -0.12), strict=True):
+            for row, method in enumerate(methods):
+                mean, half = interval(scores(task, method, metric))
+                color = "#4477aa" if method in OWN else "#bbbbbb" if method == "student" else "#ee6677"
+                filled = color if metric == METRICS[0] else "white"
+                axis.errorbar(mean, row + shift, xerr=half, fmt=marker, color=color, markerfacecolor=filled)
+        axis.set(title=name.replace("_", " "), xlabel="% correct on test problems", xlim=(None, 100))
+        axis.set_yticks(range(len(methods)), [TITLES[method].replace("`", "") for method in methods])
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].plot([], [], "o", color="#555555", label=f"{METRICS[0]}, temperature 1")
+    axes[0].plot([], [], "s", color="#555555", markerfacecolor="white", label="greedy")
+    axes[0].legend(loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=120)

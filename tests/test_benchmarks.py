@@ -1,0 +1,113 @@
+"""
+What the comparison with other methods rests on: what each of them is trained on, and the statistics of its tables.
+"""
+
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import REPOSITORY
+
+
+sys.path.append(str(REPOSITORY / "benchmarks"))
+import learning_jobs
+import learning_methods as methods
+import learning_report as report
+
+
+END = 1
+
+
+def solution(problem: str, sample: int, reward: float, truncated: bool = False) -> dict:
+    steps = [[10, sample], [11, END]]
+    texts = [f"step {sample}\n", "#### 1"]
+    row = {"problem_id": problem, "prompt": f"{problem}?\n", "prompt_ids": [7], "completions": texts}
+    return row | {"completions_ids": steps, "reward": reward, "truncated": truncated}
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    """A problem that is solved at times, one always, one never; one solution is cut off."""
+    found = [solution("at times", number, float(number % 2)) for number in range(20)]
+    found += [solution("always", number, 1.0) for number in range(3)]
+    found += [solution("never", number, 0.0) for number in range(3)]
+    return [*found, solution("at times", 99, 0.0, truncated=True)]
+
+
+def test_rejection_fine_tuning_sees_right_solutions_only(rows):
+    chosen = methods.right_solutions(rows, seed=0)
+    assert {row["prompt"] for row in chosen} == {"at times?\n", "always?\n"}
+    assert len(chosen) == 13  # 10 and 3, below the most of a problem
+    assert all(int(row["completion"].split()[1]) % 2 for row in chosen if row["prompt"] == "at times?\n")
+    assert methods.right_solutions(rows, seed=0) == chosen
+
+
+def test_pairs_are_of_one_problem_and_the_sampled_tokens(rows):
+    pairs = methods.solution_pairs(rows, seed=0)
+    assert len(pairs) == methods.MAX_PAIRS  # the other problems have no pair
+    for pair in pairs:
+        assert pair["chosen_ids"][1] % 2 == 1 and pair["rejected_ids"][1] % 2 == 0
+        assert pair["chosen_ids"][-1] == pair["rejected_ids"][-1] == END
+        assert 99 not in pair["rejected_ids"]
+
+
+def test_labels(rows):
+    chosen = methods.labelled_solutions(rows, seed=0)
+    assert len(chosen) == methods.MAX_SOLUTIONS
+    assert all(row["label"] == (int(row["completion"].split()[1]) % 2 == 1) for row in chosen)
+
+
+def test_step_pairs_have_no_end_token_in_the_middle():
+    """The state is the prompt; best against worst; a step in the middle ends as it was sampled."""
+    state = {"prompt_ids": [7], "prefix_ids": [[8], [9]], "candidates_ids": [[3], [4], [5]]}
+    states = [state | {"advantages": [0.2, -0.3, 0.1]}, state | {"advantages": [0.04, -0.04, 0.0]}]
+    assert methods.step_pairs(states) == [{"prompt_ids": [7, 8, 9], "chosen_ids": [3], "rejected_ids": [4]}]
+
+
+def test_equal_weights_of_states():
+    """Two candidates weigh as much together as three."""
+    weights = [methods.weigh_alike({"counts": [1] * number})["counts"] for number in (2, 3)]
+    assert weights == [[2520, 2520], [1680, 1680, 1680]]
+
+
+def test_a_job_is_told_from_every_other(tmp_path):
+    job = learning_jobs.Job("arithmetic", 0, "dpo", "test", {"beta": 0.1})
+    others = [
+        learning_jobs.Job("arithmetic", 1, "dpo", "test", {"beta": 0.1}),
+        learning_jobs.Job("word_problems", 0, "dpo", "test", {"beta": 0.1}),
+        learning_jobs.Job("arithmetic", 0, "kto", "test", {"beta": 0.1}),
+        learning_jobs.Job("arithmetic", 0, "dpo", "validation", {"beta": 0.1}),
+        learning_jobs.Job("arithmetic", 0, "dpo", "test", {"beta": 0.3}),
+        learning_jobs.Job("arithmetic", 0, "dpo", "test", {"beta": 0.1}, ("--num_kept", "2")),
+    ]
+    assert len({each.path(tmp_path) for each in [job, *others]}) == 7
+
+
+def task(**by_method: list[float]) -> dict:
+    results = {
+        method: {str(seed): {"mean@8": score, "greedy": score, "tokens": 1000} for seed, score in enumerate(scores)}
+        for method, scores in by_method.items()
+    }
+    return {"results": results, "settings": {method: {} for method in by_method}}
+
+
+def test_interval_by_hand():
+    """0, 1 and 2 points: mean 1, standard deviation 1, standard error 1/sqrt(3), times 4.30 of Student's t."""
+    mean, half = report.interval([0.0, 0.01, 0.02])
+    assert mean == pytest.approx(1.0)
+    assert half == pytest.approx(4.30 / np.sqrt(3))
+
+
+def test_verdict_is_about_pairs_of_seeds():
+    """Seeds differ by more than methods do, but one method is 2 points ahead on each: told apart."""
+    scores = np.array([0.5, 0.6, 0.7])
+    ahead = task(**{name: [0.1, 0.1, 0.1] for name in report.BASELINES})
+    ahead["results"] |= task(dpo=scores, critic=scores + np.array([0.02, 0.021, 0.022]))["results"]
+    for name in report.OWN:
+        ahead["results"].setdefault(name, ahead["results"]["rft"])
+    assert report.verdict(ahead).startswith("mean@8: this method, critic is ahead of DPO")
+    same = ahead | {"results": ahead["results"] | {"critic": task(critic=[0.5, 0.61, 0.69])["results"]["critic"]}}
+    assert "cannot be told apart" in report.verdict(same)
+    behind = ahead | {"results": ahead["results"] | {"critic": task(critic=[0.4, 0.5, 0.6])["results"]["critic"]}}
+    assert report.verdict(behind).startswith("mean@8: DPO on solution pairs is ahead of this method")
