@@ -54,6 +54,26 @@ def step_advantages(values: Sequence[float]) -> list[float]:
     return [values[t] - values[t - 1] for t in range(1, len(values))]
 
 
+def advantage_errors(errors: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """An advantage is a sum of the values with factors, its variance that of their variances with the squares."""
+    found = []
+    for i in range(len(errors)):
+        variance = 0.0
+        for j in range(len(errors)):
+            factor = (1.0 if i == j else 0.0) - counts[j] / sum(counts)
+            variance += factor**2 * errors[j] ** 2
+        found.append(math.sqrt(variance))
+    return found
+
+
+def reliabilities(advantages: Sequence[float], errors: Sequence[float], posterior: bool) -> list[float]:
+    """Signal over signal and noise; a posterior mean's own spread is the signal."""
+    spread = math.fsum(a * a for a in advantages) / len(advantages)
+    noise = math.fsum(e * e for e in errors) / len(errors)
+    signal = spread if posterior else max(spread - noise, spread / 100)
+    return [signal / (signal + e * e) for e in errors]
+
+
 def prefix_counts(
     samples: Sequence[tuple[tuple[Hashable, ...], tuple[Hashable, ...], float]],
 ) -> dict[tuple[Hashable, ...], tuple[float, int]]:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from dapo_trl.advantages import add_advantages
 from dapo_trl.shrinkage import (
+    add_critic_errors,
+    add_monte_carlo_errors,
     add_shrinkage_values,
     fit_prior_strength,
     fit_strength,
@@ -74,6 +76,24 @@ class TestValues:
         assert values.tolist() == [0.0, 1.0, 0.5]
         assert errors[0] == errors[1] > errors[2] > 0
 
+    def test_monte_carlo_error_by_hand(self):
+        """
+        A success in one rollout, under a uniform prior: posterior Beta(2, 1), E[V (1 - V)] = 2/3 - 1/2 = 1/6. Four in
+        four: Beta(5, 1), 5/6 - 5/7 = 5/42, of four rollouts 5/168.
+        """
+        errors = monte_carlo_estimates([1, 4], [1, 4]).errors
+        assert errors.tolist() == pytest.approx([math.sqrt(1 / 6), math.sqrt(5 / 168)])
+
+    @pytest.mark.parametrize(("mean", "strength"), [(0.5, 2.0), (0.2, 0.8), (0.7, 6.0)])
+    def test_monte_carlo_errors_are_honest(self, mean, strength):
+        """Where the prior holds, the mean squared error of k/n is the mean of the squares, however few rollouts."""
+        rng = np.random.default_rng(0)
+        truth = rng.beta(strength * mean, strength * (1 - mean), 40_000)
+        for n in (1, 3):
+            k = rng.binomial(n, truth)
+            values, errors = monte_carlo_estimates(k, np.full(k.size, n), mean, strength)
+            assert np.mean(errors**2) == pytest.approx(np.mean((values - truth) ** 2), rel=0.02)
+
 
 class TestStrength:
     @pytest.mark.parametrize("strength", [1.0, 8.0, 60.0])
@@ -126,6 +146,70 @@ class TestRows:
         rows = [ROW | {"rewards": [None, None, None]}] * 3
         known = ROW | {"mc_successes": [0.0, 8.0, 0.0], "mc_rollouts": [8, 8, 8], "rewards": [0.0, 1.0, 0.0]}
         assert fit_strength(Dataset.from_list([*rows, known])) == fit_strength(Dataset.from_list(rows))
+
+    def test_critic_errors_by_hand(self):
+        """sqrt(0.5 * 0.5 / 25) and sqrt(0.2 * 0.8 / 25): the limit of shrinkage without any rollout."""
+        rows = Dataset.from_list([{"critic_values": [0.5, 0.2]}])
+        (errors,) = add_critic_errors(rows, 24.0)["critic_errors"]
+        assert errors == pytest.approx([0.1, 0.08])
+        assert errors == pytest.approx(shrinkage_values([0, 0], [0, 0], [0.5, 0.2], 24.0).errors.tolist())
+
+    def test_monte_carlo_prior_is_fitted(self):
+        """Values near 0 and 1: one rollout says nearly all. Rewards that are known say nothing about that."""
+        rng = np.random.default_rng(1)
+        truth = rng.beta(0.1, 0.1, (300, 3))
+        n = np.broadcast_to([8, 4, 1], truth.shape)
+        rows = [
+            {"mc_successes": k.tolist(), "mc_rollouts": m.tolist(), "rewards": [None] * 3}
+            for k, m in zip(rng.binomial(n, truth).astype(float), n, strict=True)
+        ]
+        errors = np.array(add_monte_carlo_errors(Dataset.from_list(rows))["value_errors"])
+        values = np.array([row["mc_successes"] for row in rows]) / n
+        np.testing.assert_allclose(np.mean(errors**2, axis=0), np.mean((values - truth) ** 2, axis=0), rtol=0.3)
+        assert errors[:, 2].mean() < 0.6 * monte_carlo_estimates([1], [1]).errors[0]
+        known = {"mc_successes": [8.0, 4.0], "mc_rollouts": [16, 8], "rewards": [1.0, 0.0]}
+        more = add_monte_carlo_errors(Dataset.from_list([*rows, known]))["value_errors"]
+        assert list(more)[:-1] == errors.tolist()
+
+    @pytest.mark.parametrize("successes", [[0.5, 1.5], [1.0, 2.0]])
+    def test_a_prior_that_cannot_be_fitted_is_uniform(self, successes):
+        rows = Dataset.from_list([{"mc_successes": successes, "mc_rollouts": [2, 2]}])
+        assert (
+            add_monte_carlo_errors(rows)[0]["value_errors"] == monte_carlo_estimates(successes, [2, 2]).errors.tolist()
+        )
+
+    def test_errors_need_their_columns(self):
+        need = "Standard errors need the columns"
+        with pytest.raises(ValueError, match=f"{need} 'critic_values'; 'critic_values' are not there"):
+            add_critic_errors(Dataset.from_list([{"values": [0.5]}]), 1.0)
+        with pytest.raises(ValueError, match=rf"{need} .*; 'mc_rollouts' are not there"):
+            add_monte_carlo_errors(Dataset.from_list([{"mc_successes": [0.5]}]))
+        with pytest.raises(ValueError, match="Row 1: State 0 has no rollout"):
+            add_monte_carlo_errors(Dataset.from_list([{"mc_successes": [0.0], "mc_rollouts": [n]} for n in (1, 0)]))
+
+    def test_weights_bring_noisy_advantages_nearer_to_the_truth(self):
+        """
+        States with next steps of 8, 4, 2 and 1 rollouts: the error of weighted Monte Carlo advantages is less than half
+        that of plain ones. Those from shrinkage are nearest as they are: weights take something away a second time.
+        """
+        rng = np.random.default_rng(3)
+        prior = np.clip(rng.beta(2, 2, (2000, 1)) + 0.1 * rng.normal(size=(2000, 4)), 0.02, 0.98)
+        truth, n = rng.beta(6 * prior, 6 * (1 - prior)), np.broadcast_to([8, 4, 2, 1], prior.shape)
+        k = rng.binomial(n, truth).astype(float)
+        rows = Dataset.from_dict(
+            {"mc_successes": k, "mc_rollouts": n, "counts": n, "values": k / n, "critic_values": prior}
+        )
+        true = truth - np.average(truth, axis=1, weights=n[0])[:, None]
+
+        def errors(rows):
+            given, weights = (np.array(rows[name]) for name in ("advantages", "reliabilities"))
+            return np.mean((given - true) ** 2), np.mean((weights * given - true) ** 2)
+
+        plain, weighted = errors(add_advantages(add_monte_carlo_errors(rows), "values", "value_errors"))
+        assert weighted < 0.5 * plain
+        shrunk = add_shrinkage_values(rows, fit_strength(rows))
+        plain, weighted = errors(add_advantages(shrunk, "shrinkage_values", "shrinkage_errors", posterior=True))
+        assert plain < weighted
 
     def test_refusals(self):
         rows = Dataset.from_list([ROW])

@@ -6,8 +6,8 @@ for how many rollouts the critic stands, and is fitted on states that it was not
 rollouts the posterior mean is (k + c v) / (n + c): Monte Carlo values are the limit c = 0, the critic's the case n = 0.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -16,6 +16,7 @@ from datasets import Dataset
 # A critic that is sure is sure up to this: a prior of exactly 0 or 1 would outvote any number of rollouts.
 _CLOSEST = 1e-3
 _COLUMNS = ("mc_successes", "mc_rollouts", "critic_values")
+_ENOUGH_TO_FIT = 20  # candidates with two rollouts
 _STRENGTHS = np.geomspace(1e-2, 1e4, 121)  # where the fit begins to look
 
 
@@ -27,7 +28,7 @@ class ValueEstimates(NamedTuple):
         values (`np.ndarray` of shape `(S,)`):
             Estimates, in [0, 1].
         errors (`np.ndarray` of shape `(S,)`):
-            Their standard errors: posterior standard deviations.
+            Their standard errors: of shrunk values posterior standard deviations.
     """
 
     values: np.ndarray
@@ -84,23 +85,37 @@ def shrinkage_values(
 
 
 def monte_carlo_estimates(
-    successes: Sequence[float] | np.ndarray, rollouts: Sequence[int] | np.ndarray
+    successes: Sequence[float] | np.ndarray,
+    rollouts: Sequence[int] | np.ndarray,
+    mean: float = 0.5,
+    strength: float = 2.0,
 ) -> ValueEstimates:
-    """
-    Mean outcomes, with the standard error of the posterior from a uniform prior: of a single rollout, too, nobody knows
-    the value for sure.
+    r"""
+    Mean outcomes, with the standard error that they have: of a single rollout, too, nobody knows the value for sure.
+
+    $$
+    \mathrm{se}^2 = \frac{1}{n} E[V (1 - V) \mid k] = \frac{\tilde V (1 - \tilde V)}{n} \frac{n + c}{n + c + 1},
+    \qquad \tilde V = \frac{k + c m}{n + c}
+    $$
+
+    the variance of a mean of n outcomes, expected under the posterior Beta(c m + k, c (1 - m) + n - k). Taking k/n for
+    V instead would say that a state which failed once fails always, without error.
 
     Args:
         successes (sequence of `float`, length S):
-            Rollouts of each state that ended correct.
+            k, rollouts of each state that ended correct.
         rollouts (sequence of `int`, length S):
-            Rollouts of each state, positive.
+            n, rollouts of each state, positive.
+        mean (`float`, *optional*, defaults to `0.5`):
+            m, mean of the values of such states, moved away from 0 and 1 by 0.001.
+        strength (`float`, *optional*, defaults to `2.0`):
+            c, how close to it they lie. The defaults are a uniform prior; see [`add_monte_carlo_errors`] for another.
 
     Returns:
-        [`ValueEstimates`].
+        [`ValueEstimates`]: k/n, and the standard errors of that.
 
     Raises:
-        ValueError: if lengths differ, or a state has no rollout.
+        ValueError: if lengths differ, a number is out of range, or a state has no rollout.
 
     Example:
 
@@ -108,14 +123,15 @@ def monte_carlo_estimates(
     >>> from dapo_trl.shrinkage import monte_carlo_estimates
 
     >>> [round(error, 3) for error in monte_carlo_estimates([1, 8], [1, 16]).errors.tolist()]
-    [0.236, 0.115]
+    [0.408, 0.122]
 
     ```
     """
-    k_S, n_S, half_S = _check(successes, rollouts, np.full(len(rollouts), 0.5))
+    k_S, n_S, m_S = _check(successes, rollouts, np.full(len(rollouts), mean))
     if (n_S == 0).any():
         raise ValueError(f"State {int(np.argmin(n_S))} has no rollout, so it has no Monte Carlo value.")
-    return ValueEstimates(k_S / n_S, shrinkage_values(k_S, n_S, half_S, 2.0).errors)
+    posterior = shrinkage_values(k_S, n_S, m_S, strength)
+    return ValueEstimates(k_S / n_S, posterior.errors * np.sqrt((n_S + strength) / n_S))
 
 
 def fit_prior_strength(
@@ -192,16 +208,91 @@ def fit_strength(dataset: Dataset) -> float:
     Raises:
         ValueError: if a column is missing, or no candidate has two rollouts.
     """
-    _refuse_missing(dataset)
-    rewards = dataset["rewards"] if "rewards" in dataset.column_names else [None] * len(dataset)
-    counted = [
-        candidate
-        for *row, r_C in zip(*(dataset[name] for name in _COLUMNS), rewards, strict=True)
-        for *candidate, reward in zip(*row, r_C or [None] * len(row[0]), strict=True)
-        if reward is None
-    ]
-    k, n, v = ([candidate[part] for candidate in counted] for part in range(3))
-    return fit_prior_strength(k, n, v)
+    return fit_prior_strength(*_without_known_rewards(dataset, _COLUMNS))
+
+
+def add_critic_errors(dataset: Dataset, strength: float) -> Dataset:
+    r"""
+    Add the standard errors of a critic's values, `critic_errors`.
+
+    $$
+    \mathrm{se}^2 = \frac{v (1 - v)}{c + 1}
+    $$
+
+    the case n = 0 of [`shrinkage_values`]: how far from the critic's value v values lie, of which it is worth c
+    rollouts.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            State rows with `critic_values`.
+        strength (`float`):
+            c, see [`fit_strength`].
+
+    Returns:
+        [`~datasets.Dataset`]: the same rows with `critic_errors` (list of float, one per candidate).
+        [`~dapo_trl.advantages.add_advantages`] makes errors of advantages of them.
+
+    Raises:
+        ValueError: if the column is missing, or a row is bad; the message names it.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from dapo_trl.shrinkage import add_critic_errors
+
+    >>> add_critic_errors(Dataset.from_list([{"critic_values": [0.5, 0.5]}]), strength=24.0)[0]["critic_errors"]
+    [0.1, 0.1]
+
+    ```
+    """
+    _refuse_missing(dataset, ("critic_values",))
+
+    def errors(v_C: list[float]) -> list[float]:
+        return shrinkage_values([0] * len(v_C), [0] * len(v_C), v_C, strength).errors.tolist()
+
+    return _with_columns(dataset, {"critic_errors": _each_row(errors, dataset, ("critic_values",))})
+
+
+def add_monte_carlo_errors(dataset: Dataset) -> Dataset:
+    """
+    Add the standard errors of Monte Carlo values, `value_errors`.
+
+    What is expected of candidates with few rollouts, their prior in [`monte_carlo_estimates`], is fitted to all of
+    them: where most succeed nearly always or never, one outcome says more than where most are toss-ups. The prior is
+    uniform where outcomes are not right or wrong, or fewer than twenty candidates have two rollouts.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            State rows with `mc_successes` and `mc_rollouts`.
+
+    Returns:
+        [`~datasets.Dataset`]: the same rows with `value_errors` (list of float, one per candidate), for values without
+        a rule that stops early; with one they are about as large.
+
+    Raises:
+        ValueError: if a column is missing, or a row is bad; the message names it.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from dapo_trl.shrinkage import add_monte_carlo_errors
+
+    >>> rows = Dataset.from_list([{"mc_successes": [1.0, 8.0], "mc_rollouts": [1, 16]}])  # too few to fit a prior to
+    >>> [round(error, 3) for error in add_monte_carlo_errors(rows)[0]["value_errors"]]
+    [0.408, 0.122]
+
+    ```
+    """
+    columns = _COLUMNS[:2]
+    _refuse_missing(dataset, columns)
+    mean, strength = _fit_prior(*_without_known_rewards(dataset, columns))
+
+    def errors(k_C: list[float], n_C: list[int]) -> list[float]:
+        return monte_carlo_estimates(k_C, n_C, mean, strength).errors.tolist()
+
+    return _with_columns(dataset, {"value_errors": _each_row(errors, dataset, columns)})
 
 
 def add_shrinkage_values(dataset: Dataset, strength: float) -> Dataset:
@@ -233,25 +324,61 @@ def add_shrinkage_values(dataset: Dataset, strength: float) -> Dataset:
 
     ```
     """
-    _refuse_missing(dataset)
-    columns: dict[str, list[list[float]]] = {"shrinkage_values": [], "shrinkage_errors": []}
-    for index, (k_C, n_C, v_C) in enumerate(zip(*(dataset[name] for name in _COLUMNS), strict=True)):
+    _refuse_missing(dataset, _COLUMNS)
+
+    def estimates(k_C: list[float], n_C: list[int], v_C: list[float]) -> list[list[float]]:
+        return [part.tolist() for part in shrinkage_values(k_C, n_C, v_C, strength)]
+
+    values, errors = zip(*_each_row(estimates, dataset, _COLUMNS), strict=True) if len(dataset) else ((), ())
+    return _with_columns(dataset, {"shrinkage_values": list(values), "shrinkage_errors": list(errors)})
+
+
+def _each_row(compute: Callable[..., list], dataset: Dataset, columns: Sequence[str]) -> list[list]:
+    """What a function makes of the columns of each row; an error names the row."""
+    found = []
+    for index, row in enumerate(zip(*(dataset[name] for name in columns), strict=True)):
         try:
-            estimates = shrinkage_values(k_C, n_C, v_C, strength)
+            found.append(compute(*row))
         except ValueError as error:
             raise ValueError(f"Row {index}: {error}") from error
-        for column, numbers in zip(columns.values(), estimates, strict=True):
-            column.append(numbers.tolist())
+    return found
+
+
+def _with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:
+    """The rows with columns that take the place of old ones of these names."""
     dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
     for name, column in columns.items():
         dataset = dataset.add_column(name, column)
     return dataset
 
 
-def _refuse_missing(dataset: Dataset) -> None:
-    if missing := [name for name in _COLUMNS if name not in dataset.column_names]:
+def _without_known_rewards(dataset: Dataset, columns: Sequence[str]) -> list[Any]:
+    """Columns of all candidates that do not end the solution."""
+    _refuse_missing(dataset, columns)
+    rewards = dataset["rewards"] if "rewards" in dataset.column_names else [None] * len(dataset)
+    counted = [
+        candidate
+        for *row, r_C in zip(*(dataset[name] for name in columns), rewards, strict=True)
+        for *candidate, reward in zip(*row, r_C or [None] * len(row[0]), strict=True)
+        if reward is None
+    ]
+    return [[candidate[part] for candidate in counted] for part in range(len(columns))]
+
+
+def _fit_prior(successes: list[float], rollouts: list[float]) -> tuple[float, float]:
+    """Mean and strength of the Beta distribution that states come from, uniform if nothing can be said."""
+    k_S, n_S = np.array(successes, dtype=np.float64), np.array(rollouts, dtype=np.float64)
+    if (n_S >= 2).sum() < _ENOUGH_TO_FIT or (k_S != np.round(k_S)).any():
+        return 0.5, 2.0
+    mean = float(k_S.sum() / n_S.sum())
+    return mean, fit_prior_strength(k_S, n_S, np.full_like(k_S, mean))
+
+
+def _refuse_missing(dataset: Dataset, columns: Sequence[str]) -> None:
+    if missing := [name for name in columns if name not in dataset.column_names]:
+        what = "Shrinkage needs" if columns == _COLUMNS else "Standard errors need"
         raise ValueError(
-            f"Shrinkage needs the columns {', '.join(map(repr, _COLUMNS))}; {', '.join(map(repr, missing))} are not "
+            f"{what} the columns {', '.join(map(repr, columns))}; {', '.join(map(repr, missing))} are not "
             "there. Sampling writes the counts, `StepCriticTrainer.predict_values` adds the critic's values."
         )
 
