@@ -283,7 +283,7 @@ def test_missing_numbers_are_refused(tmp_path, rows, before, index, step):
     make_trainer(tmp_path, given, **before)
     message = (
         f"Row {index} of `train_dataset`: `ref_logps` has no number for step {step}, which is trained on: they were "
-        "computed with a smaller `max_length` or a larger `min_advantage_gap`. Remove the column to compute them anew."
+        "computed with a smaller `max_length`, or a larger `min_advantage_gap` or `min_reliability`. Remove the column"
     )
     refuses(message, tmp_path, given)
 

@@ -51,6 +51,12 @@ class DAPOConfig(_StepConfig):
         duplicate_weights (`str`, *optional*, defaults to `"uniform"`):
             Weight of a candidate in the loss. Paper: `"uniform"`, every unique candidate counts once. `"counts"` weighs
             it by how often it was sampled, so that the weighted advantages of a state sum to zero.
+        reliability_weights (`bool`, *optional*, defaults to `False`):
+            Whether to multiply the weight of a candidate by how far its advantage can be relied on, the column
+            `reliabilities` that [`add_advantages`] writes where the values have standard errors. Paper: no.
+        min_reliability (`float`, *optional*, defaults to `0.0`):
+            Candidates whose reliability is lower are left out; the advantages of the others stay as they are. Paper:
+            none is left out.
 
         > Parameters that control the reference policy
 
@@ -88,6 +94,12 @@ class DAPOConfig(_StepConfig):
             "choices": ["uniform", "counts"],
         },
     )
+    reliability_weights: bool = field(
+        default=False, metadata={"help": "Whether to weigh candidates by the column `reliabilities`. Paper: no."}
+    )
+    min_reliability: float = field(
+        default=0.0, metadata={"help": "Candidates with a smaller reliability are left out. Paper: none."}
+    )
     precompute_ref_log_probs: bool = field(
         default=True, metadata={"help": "Whether to compute the reference's log-probabilities once, before training."}
     )
@@ -104,6 +116,8 @@ class DAPOConfig(_StepConfig):
             raise ValueError(
                 f"`min_advantage_gap` must lie in [0, 1], got {self.min_advantage_gap}. The paper uses 0.1."
             )
+        if not 0 <= self.min_reliability <= 1:
+            raise ValueError(f"`min_reliability` must lie in [0, 1], got {self.min_reliability}. 0 leaves none out.")
         if self.duplicate_weights not in ("uniform", "counts"):
             raise ValueError(f"`duplicate_weights` must be 'uniform' or 'counts', got {self.duplicate_weights!r}.")
         self._check_whole_numbers({"precompute_ref_batch_size": 1})

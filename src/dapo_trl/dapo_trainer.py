@@ -235,6 +235,8 @@ class DAPOTrainer(_StepTrainer):
             limit_name=limit_name,
             min_advantage_gap=args.min_advantage_gap,
             duplicate_weights=args.duplicate_weights,
+            reliability_weights=args.reliability_weights,
+            min_reliability=args.min_reliability,
             num_proc=args.dataset_num_proc,
         )
         return prepared

@@ -32,7 +32,10 @@ _LAYOUTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # Optional columns that are checked where present. Others are the user's own.
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "solution": ("mc_successes", "mc_rollouts", "completion", "text", "prompt_ids", "completions_ids"),
-    "state": ("advantages", "values", "counts", "rewards", "prompt_ids", "prefix_ids", "candidates_ids"),
+    "state": (
+        *("advantages", "reliabilities", "values", "counts", "rewards"),
+        *("prompt_ids", "prefix_ids", "candidates_ids"),
+    ),
     "preference": (),
     "stepwise": (),
 }
@@ -272,6 +275,8 @@ def _check_state(row: Mapping[str, Any]) -> int:
     elif len(candidates) < 2:
         cure = "An advantage compares candidates: drop the state or sample more of them."
         raise _BadRow("candidates", "a single candidate, and no `advantages`", candidates, cure)
+    if row.get("reliabilities") is not None:
+        _check_numbers(row["reliabilities"], "reliabilities", len(candidates), each)
     if row.get("advantages") is None or row.get("values") is not None:
         _check_numbers(row.get("values"), "values", len(candidates), each)
     if row.get("advantages") is None or row.get("counts") is not None:

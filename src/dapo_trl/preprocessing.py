@@ -23,6 +23,7 @@ from dapo_trl.ref_logps import check_ref_logps_are_complete, check_ref_tokenizer
 from dapo_trl.tokenization import end_written_by_template, template_arguments, tokenizer_fingerprint
 from dapo_trl.tokenized_rows import (
     PER_PAIR,
+    keep_reliable,
     prompt_key,
     row_length,
     state_keys,
@@ -52,6 +53,7 @@ _FATE_FEATURES = {
     "index": Value("int64"),
     "num_branches": Value("int64"),
     "removed": Value("int64"),
+    "unreliable": Value("int64"),
     "steps": Value("int64"),
 }
 
@@ -94,6 +96,8 @@ def prepare_policy_dataset(
     max_length: int | None = None,
     min_advantage_gap: float = 0.0,
     duplicate_weights: str = "uniform",
+    reliability_weights: bool = False,
+    min_reliability: float = 0.0,
     num_proc: int | None = None,
     limit_name: str = "max_length",
 ) -> tuple[Dataset, dict[str, int]]:
@@ -113,6 +117,10 @@ def prepare_policy_dataset(
             States whose candidates' advantages differ by less are left out.
         duplicate_weights (`str`, *optional*, defaults to `"uniform"`):
             `"uniform"` or `"counts"`.
+        reliability_weights (`bool`, *optional*, defaults to `False`):
+            Whether weights are multiplied by the column `reliabilities`.
+        min_reliability (`float`, *optional*, defaults to `0.0`):
+            Candidates with a smaller one are left out, before gaps are looked at.
         num_proc (`int`, *optional*):
             Processes that tokenize.
         limit_name (`str`, *optional*, defaults to `"max_length"`):
@@ -121,7 +129,8 @@ def prepare_policy_dataset(
     Returns:
         `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts: `rows`, `rows_kept`, `rows_merged` (joined another
         row of the same state), `steps`, `steps_truncated` (did not fit into `max_length`), `rows_too_long` (no step
-        fitted), `rows_without_contrast` (gap too small).
+        fitted), `rows_without_contrast` (gap too small), `steps_unreliable` (candidates below `min_reliability`) and
+        `rows_unreliable` (no candidate above).
 
     Raises:
         TypeError: if `dataset` is no `Dataset`.
@@ -146,12 +155,14 @@ def prepare_policy_dataset(
     check_fingerprint(dataset, tokenizer)
     _warn_of_another_end(dataset, row_format, tokenizer, name)
     _check_columns_are_used(dataset, row_format, duplicate_weights, name)
+    if reliability_weights or min_reliability > 0:
+        _refuse_without_reliabilities(dataset, row_format, name, min_reliability)
 
     check_ref_tokenizer(dataset, tokenizer, name)
     has_values = row_format == "state" and "advantages" not in dataset.column_names
 
     def tokenize(row: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:
-        tokens = tokenize_policy_row(row, row_format, tokenizer, duplicate_weights)
+        tokens = tokenize_policy_row(row, row_format, tokenizer, duplicate_weights, reliability_weights)
         num_steps = len(tokens["advantages"])
         if has_values:  # needed again if rows are merged
             tokens["values"] = with_true_rewards(row["values"], row.get("rewards"))
@@ -161,7 +172,11 @@ def prepare_policy_dataset(
             "source_steps": list(range(num_steps)),
             "source_fingerprints": [row_fingerprint(tokens)] * num_steps,
         }
-        return truncate_row(tokens, max_length)
+        tokens, removed = truncate_row(tokens, max_length)
+        if min_reliability > 0:
+            tokens, unreliable = keep_reliable(tokens, min_reliability)
+            tokens["unreliable"] = unreliable
+        return tokens, removed
 
     features = _TOKEN_FEATURES | _PAIR_FEATURES
     if has_values:
@@ -180,14 +195,13 @@ def prepare_policy_dataset(
         # 0.6 - 0.5 must not fail 0.1 by its last bit.
         is_compared = row["num_branches"] > 1 and bool(row["advantages"])
         if not row["advantages"]:
-            return "too_long"
+            return "unreliable" if row["unreliable"] else "too_long"
         no_contrast = is_compared and advantage_gap(row["advantages"]) < min_advantage_gap - 1e-9
         return "without_contrast" if no_contrast else "kept"
 
-    fates = [fate(row) for row in tokenized.select_columns(["advantages", "num_branches"])]
-    prepared, report = _select(
-        tokenized, fates, len(dataset), num_merged, name, f"{limit_name}={max_length}", min_advantage_gap
-    )
+    fates = [fate(row) for row in tokenized.select_columns(["advantages", "num_branches", "unreliable"])]
+    limits = [f"{limit_name}={max_length}", f"{min_advantage_gap=}", f"{min_reliability=}"]
+    prepared, report = _select(tokenized, fates, len(dataset), num_merged, name, limits)
     if "ref_logps" in prepared.column_names:
         check_ref_logps_are_complete(prepared, name)
     return prepared, report
@@ -244,7 +258,7 @@ def prepare_critic_dataset(
     features = features | {"state_keys": List(List(Value("int64")))}
     tokenized = _tokenize(dataset, tokenize, features, name, num_proc)
     fates = ["kept" if steps else "too_long" for steps in tokenized["steps"]]
-    return _select(tokenized, fates, len(dataset), 0, name, f"{limit_name}={max_length}")
+    return _select(tokenized, fates, len(dataset), 0, name, [f"{limit_name}={max_length}"])
 
 
 def check_rows_fit_model(prepared: Dataset, config: PretrainedConfig, name: str) -> None:
@@ -347,6 +361,28 @@ def _check_columns_are_used(dataset: Dataset, row_format: str, duplicate_weights
         )
 
 
+def _refuse_without_reliabilities(dataset: Dataset, row_format: str, name: str, min_reliability: float) -> None:
+    """Refuse rows that do not say how far their advantages can be relied on."""
+    option = f"min_reliability={min_reliability}" if min_reliability > 0 else "reliability_weights=True"
+    if row_format != "state":
+        raise ValueError(
+            f"`{option}` is about the candidates of states, but `{name}_dataset` has the {row_format} format. Give "
+            "state rows, or leave the option out."
+        )
+    if "reliabilities" not in dataset.column_names:
+        raise ValueError(
+            f"`{option}` needs a column `reliabilities`, which `{name}_dataset` has not. "
+            '`add_advantages(dataset, "values", errors="value_errors")` writes it, with standard errors of the values '
+            "from `dapo_trl.shrinkage`; or leave the option out."
+        )
+    rows = dataset["reliabilities"]
+    if None in rows:
+        raise ValueError(
+            f"Row {rows.index(None)} of `{name}_dataset` has no `reliabilities`, which `{option}` needs. Fill them in, "
+            "or drop the row."
+        )
+
+
 def _tokenize(
     dataset: Dataset,
     tokenize: Callable[[dict[str, Any], int], tuple[dict[str, Any], int]],
@@ -368,6 +404,7 @@ def _tokenize(
             "index": index,
             "num_branches": len(row["candidates"]) if "candidates" in row else 2 if "chosen" in row else 1,
             "removed": removed,
+            "unreliable": tokens.get("unreliable", 0),
             "steps": num_steps,
         }
         return {column: value for column, value in (tokens | about).items() if column in features | _FATE_FEATURES}
@@ -396,7 +433,7 @@ def _merge_states(tokenized: Dataset) -> tuple[Dataset, int]:
         for column in ("branches", *PER_PAIR):
             if column in merged:
                 merged[column] = [value for row in rows for value in row[column]]
-        for column in ("num_branches", "removed", "steps"):
+        for column in ("num_branches", "removed", "unreliable", "steps"):
             merged[column] = sum(row[column] for row in rows)
         if "values" in merged:  # the mean is over the candidates of all rows
             merged["advantages"] = sibling_advantages(merged["values"], merged["counts"]).tolist()
@@ -416,10 +453,9 @@ def _select(
     num_rows: int,
     num_merged: int,
     name: str,
-    limit: str,
-    min_advantage_gap: float = 0.0,
+    limits: list[str],
 ) -> tuple[Dataset, dict[str, int]]:
-    """The rows to train on, and the report."""
+    """The rows to train on, and the report; `limits` are the arguments behind it."""
     kept = [index for index, fate in enumerate(fates) if fate == "kept"]
     report = {
         "rows": num_rows,
@@ -428,17 +464,17 @@ def _select(
         "steps_truncated": sum(tokenized["removed"]),
         "rows_too_long": fates.count("too_long"),
         "rows_without_contrast": fates.count("without_contrast"),
+        "steps_unreliable": sum(tokenized["unreliable"]),
+        "rows_unreliable": fates.count("unreliable"),
     }
     selected = tokenized.select(kept)
     report["steps"] = sum(selected["steps"])
     first_too_long = tokenized["index"][fates.index("too_long")] if report["rows_too_long"] else None
-    _explain(report, first_too_long, name, limit, min_advantage_gap)
+    _explain(report, first_too_long, name, limits)
     return selected.remove_columns(list(_FATE_FEATURES)), report
 
 
-def _explain(
-    report: dict[str, int], first_too_long: int | None, name: str, limit: str, min_advantage_gap: float
-) -> None:
+def _explain(report: dict[str, int], first_too_long: int | None, name: str, limits: list[str]) -> None:
     """Say what was left out and why; refuse to go on with nothing."""
     if report["rows_merged"]:
         logger.info(f"`{name}_dataset`: {report['rows_merged']} rows have joined others of the same state.")
@@ -446,18 +482,21 @@ def _explain(
     if report["steps_truncated"]:
         first = "" if first_too_long is None else f"; row {first_too_long} is the first"
         reasons.append(
-            f"{report['steps_truncated']} steps did not fit into `{limit}`, which leaves "
+            f"{report['steps_truncated']} steps did not fit into `{limits[0]}`, which leaves "
             f"{report['rows_too_long']} rows with none{first}"
         )
     if report["rows_without_contrast"]:
+        reasons.append(f"{report['rows_without_contrast']} states have an advantage gap below `{limits[1]}`")
+    if report["steps_unreliable"]:
         reasons.append(
-            f"{report['rows_without_contrast']} states have an advantage gap below "
-            f"`min_advantage_gap={min_advantage_gap}`"
+            f"{report['steps_unreliable']} candidates have a reliability below `{limits[2]}`, which leaves "
+            f"{report['rows_unreliable']} rows with none"
         )
     if not report["rows_kept"]:
+        lower = " or `min_reliability`" if report["steps_unreliable"] else ""
         raise ValueError(
             f"No row of `{name}_dataset` ({report['rows']} rows) can be trained on: {' and '.join(reasons)}. Raise "
-            f"`{limit.partition('=')[0]}`, lower `min_advantage_gap`, or collect data with more contrast."
+            f"`{limits[0].partition('=')[0]}`, lower `min_advantage_gap`{lower}, or collect data with more contrast."
         )
     if reasons:
         logger.warning(

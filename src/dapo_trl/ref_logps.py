@@ -150,8 +150,8 @@ def check_ref_logps_are_complete(prepared: Dataset, name: str) -> None:
             if math.isnan(logp):
                 raise ValueError(
                     f"Row {source_row} of `{name}_dataset`: `ref_logps` has no number for step {step}, which is "
-                    "trained on: they were computed with a smaller `max_length` or a larger `min_advantage_gap`. "
-                    "Remove the column to compute them anew."
+                    "trained on: they were computed with a smaller `max_length`, or a larger `min_advantage_gap` or "
+                    "`min_reliability`. Remove the column to compute them anew."
                 )
 
 

@@ -22,6 +22,7 @@ from dapo_trl.tokenization import encode_preference, encode_solution, encode_sta
 PER_PAIR = (
     "advantages",
     "weights",
+    "reliabilities",
     "ref_logps",
     "source_rows",
     "source_steps",
@@ -32,7 +33,11 @@ PER_PAIR = (
 
 
 def tokenize_policy_row(
-    row: dict[str, Any], row_format: str, tokenizer: PreTrainedTokenizerBase, duplicate_weights: str = "uniform"
+    row: dict[str, Any],
+    row_format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    duplicate_weights: str = "uniform",
+    reliability_weights: bool = False,
 ) -> dict[str, Any]:
     """
     Tokenized row for [`~dapo_trl.DAPOTrainer`].
@@ -46,10 +51,12 @@ def tokenize_policy_row(
             Tokenizer of the policy.
         duplicate_weights (`str`, *optional*, defaults to `"uniform"`):
             Weight of a pair: `"uniform"` for 1, `"counts"` for how often the candidate was sampled.
+        reliability_weights (`bool`, *optional*, defaults to `False`):
+            Whether the weight is multiplied by the candidate's entry of `reliabilities`.
 
     Returns:
-        `dict` with `context_ids`, `branches`, `advantages` and `weights`; and, if the row has them, its `ref_logps`,
-        NaN where there is none.
+        `dict` with `context_ids`, `branches`, `advantages` and `weights`; and, if the row has them, its
+        `reliabilities`, and its `ref_logps`, NaN where there is none.
 
     Raises:
         ValueError: if `ref_logps` belong to other tokens.
@@ -59,6 +66,10 @@ def tokenize_policy_row(
     counts = row.get("counts")
     weights = counts if duplicate_weights == "counts" and counts is not None else [1.0] * len(advantages)
     pairs = {"advantages": advantages, "weights": [float(weight) for weight in weights]}
+    if row_format == "state" and row.get("reliabilities") is not None:
+        pairs["reliabilities"] = list(row["reliabilities"])
+        if reliability_weights:
+            pairs["weights"] = [w * r for w, r in zip(pairs["weights"], pairs["reliabilities"], strict=True)]
     if "ref_logps" in row:
         pairs["ref_logps"] = read_ref_logps(row, tokens)
     return tokens | pairs
@@ -211,6 +222,25 @@ def truncate_row(row: dict[str, Any], max_length: int | None) -> tuple[dict[str,
         if name in row:
             shorter[name] = row[name][: len(kept) + 1]
     return shorter, position - len(kept)
+
+
+def keep_reliable(row: dict[str, Any], min_reliability: float) -> tuple[dict[str, Any], int]:
+    """
+    Remove the candidates of a state whose advantages cannot be relied on.
+
+    Args:
+        row (`dict`):
+            Tokenized state row with `reliabilities`.
+        min_reliability (`float`):
+            Smallest reliability of a candidate that stays.
+
+    Returns:
+        `tuple[dict, int]`: the row, in which the other candidates are as they were, and how many were removed.
+    """
+    # A reliability of 0.8 - 0.5 must not fail 0.3 by its last bit.
+    kept = [index for index, number in enumerate(row["reliabilities"]) if number >= min_reliability - 1e-9]
+    columns = [name for name in ("branches", *PER_PAIR) if name in row]
+    return row | {name: [row[name][index] for index in kept] for name in columns}, len(row["branches"]) - len(kept)
 
 
 def _advantages(row: dict[str, Any], row_format: str) -> list[float]:
