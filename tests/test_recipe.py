@@ -280,6 +280,24 @@ def test_shrinkage(commands, tmp_path, again):
     assert {"shrinkage_values", "shrinkage_errors", "critic_values", "values"} <= set(rows.column_names)
 
 
+def test_reliability(commands, tmp_path, again):
+    """All sources of values say how far their advantages can be relied on, and policies are trained with that."""
+    for name in ("policy", "policy_monte_carlo"):
+        shutil.rmtree(again / name)
+    errors = {"critic": "critic_errors", "monte_carlo": "value_errors", "shrinkage": "shrinkage_errors"}
+    for values, least, sources in (("both", 0, ("critic", "monte_carlo")), ("shrinkage", 0.5, ("shrinkage",))):
+        options = ("--policy.reliability_weights", "true", "--policy.min_reliability", least, "--values", values)
+        code, text = commands.run("run", RECIPE, *SMALL, *options, "--output_dir", again, output=tmp_path / "log")
+        assert code == 0, text[-3000:]
+        for source in sources:
+            rows = Dataset.from_parquet(str(again / "data" / f"states_{source}.parquet"))
+            assert {errors[source], "advantage_errors", "reliabilities"} <= set(rows.column_names)
+            numbers = [number for row in rows["reliabilities"] for number in row]
+            stage = again / ("policy" if source == "critic" else f"policy_{source}") / "stage.json"
+            dropped = json.loads(stage.read_text())["results"]["dropped"]["train"]
+            assert dropped["steps_unreliable"] == sum(number < least for number in numbers) < len(numbers)
+
+
 def test_checkpoints_of_other_settings_are_refused(commands, tmp_path, again):
     """A critic that was killed after a checkpoint goes on with its own settings only, and from where it was."""
     for name in ("critic", "data", "policy", "policy_monte_carlo"):

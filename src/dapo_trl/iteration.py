@@ -27,7 +27,7 @@ from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.model_identity import identify, weights_hash
 from dapo_trl.recipe_arguments import changed_fields
 from dapo_trl.run_folder import held_out_problems, last_checkpoint, made_how, model_path, policy_folder
-from dapo_trl.shrinkage import add_shrinkage_values, fit_strength
+from dapo_trl.shrinkage import add_critic_errors, add_monte_carlo_errors, add_shrinkage_values, fit_strength
 from dapo_trl.stages import sample_stage, value_stage
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_critic_trainer import StepCriticTrainer
@@ -122,7 +122,8 @@ class Iteration:
                 "shrinkage": self._shrink(states["critic"], held_out_problems(values.table("solutions")["problem_id"]))
             }
         if self.arguments.values in ("monte_carlo", "both") and "advantages" in stages:
-            states["monte_carlo"] = add_advantages(values.table("states"), "values")
+            rows = add_monte_carlo_errors(values.table("states"))
+            states["monte_carlo"] = add_advantages(rows, "values", "value_errors")
             self._write(states["monte_carlo"], "states_monte_carlo")
         if "train" in stages:
             for source, rows in states.items():
@@ -212,7 +213,7 @@ class Iteration:
             config = StepCriticConfig(str(folder), **self.recipe.training_arguments(self.arguments.critic, critic))
             trainer = StepCriticTrainer(model=critic, args=config, processing_class=self.recipe.tokenizer)
             scored = {name: trainer.predict_values(values.table(name)) for name in ("solutions", "states")}
-            scored["states"] = add_advantages(scored["states"], "critic_values")
+            scored["states"] = self._with_critic_advantages(scored["states"], scored["solutions"]["problem_id"])
             for name, rows in scored.items():
                 self._write(rows, f"{name}_critic")
             held_out = held_out_problems(scored["solutions"]["problem_id"])
@@ -239,12 +240,26 @@ class Iteration:
         cure = f"Delete {self._scored} to score the rows again"
         return read_tables({data / "states_critic.parquet": cure}, data / ".cache")
 
+    def _with_critic_advantages(self, states: Dataset, problem_ids: list[str]) -> Dataset:
+        """Advantages from the critic's values; with standard errors, if anything can be said of these."""
+        held_out = held_out_problems(problem_ids)
+        try:
+            strength = fit_strength(states.filter(lambda row: row["problem_id"] in held_out))
+        except ValueError as error:  # no state was seen twice
+            policy = self.arguments.policy
+            if policy.get("reliability_weights") or policy.get("min_reliability"):
+                raise ValueError(f"How far the critic's values can be relied on is not known. {error}") from error
+            return add_advantages(states, "critic_values")
+        rows = add_critic_errors(states, strength)
+        return add_advantages(rows, "critic_values", "critic_errors", posterior=True)
+
     def _shrink(self, scored: Dataset, held_out: set[str]) -> Dataset:
         """Monte Carlo values shrunk towards the critic's, as far as problems that it was not trained on trust it."""
         strength = fit_strength(scored.filter(lambda row: row["problem_id"] in held_out))
         self.results["critic"]["prior_strength"] = strength
         print_strength(strength)
-        rows = add_advantages(add_shrinkage_values(scored, strength), "shrinkage_values")
+        rows = add_shrinkage_values(scored, strength)
+        rows = add_advantages(rows, "shrinkage_values", "shrinkage_errors", posterior=True)
         self._write(rows, "states_shrinkage")
         return rows
 
