@@ -179,3 +179,22 @@ def sample_reference(logits: Sequence[float], uniform: float) -> int:
         if uniform < cumulative:
             return token
     return max(token for token, weight in enumerate(weights) if weight > 0)
+
+
+def predict_first_error(values: Sequence[float], threshold: float, rule: str) -> int:
+    """Index of the first step whose value, or whose gain, is below the threshold; -1 without one."""
+    for t in range(1, len(values)):
+        score = values[t] - values[t - 1] if rule == "drop" else values[t]
+        if score < threshold:
+            return t - 1
+    return -1
+
+
+def first_error_f1(rows: Sequence[dict], threshold: float, rule: str) -> tuple[float, float, float]:
+    """Harmonic mean of the accuracies on solutions with and without an error, and these two."""
+    hits: dict[bool, list[bool]] = {True: [], False: []}
+    for row in rows:
+        label = row["first_error"]
+        hits[label >= 0].append(predict_first_error(row["critic_values"], threshold, rule) == label)
+    wrong, right = (sum(hits[kind]) / len(hits[kind]) for kind in (True, False))
+    return (2 * wrong * right / (wrong + right) if wrong + right else 0.0), wrong, right

@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "... and the policy, evaluated before and after",
     "eval": "accuracy of `model_name_or_path`, or of any model given by that name, on the test problems",
     "diagnose": "what the critic of a run knows about problems that it was not trained on, and whether to use it",
+    "processbench": "how often a critic finds the first wrong step of others' solutions, those of ProcessBench",
     "inspect": "the states of one problem of a run in the terminal, steps coloured by value",
     "env": "versions of everything, for bug reports",
 }
@@ -113,6 +114,8 @@ def _run(command: str, arguments: list[str]) -> None:
         _inspect(arguments)
     elif command == "diagnose":
         _diagnose(arguments)
+    elif command == "processbench":
+        _processbench(arguments)
     elif {"-h", "--help"} & set(arguments):
         print(f"usage: dapo-trl env\n\n{COMMANDS[command]}" if command == "env" else _command_help(command))
     elif command == "env":
@@ -283,6 +286,36 @@ def _diagnose(arguments: list[str]) -> None:
     print_diagnosis(diagnose_run(Path(options.folder)))
 
 
+def _processbench(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dapo-trl processbench", description=COMMANDS["processbench"])
+    parser.add_argument("critic", help="Folder of a run; or name or path of a critic.")
+    parser.add_argument("--fit", default="gsm8k", help="Part that thresholds are chosen on, or a file. Default: gsm8k.")
+    parser.add_argument(
+        "--test",
+        nargs="+",
+        default=["math", "olympiadbench", "omnimath"],
+        help="Parts to measure on, or files. Default: math olympiadbench omnimath.",
+    )
+    parser.add_argument("--dataset", default="Qwen/ProcessBench", help="Name on the Hub, or folder of a download.")
+    parser.add_argument("--prompt_template", help="As in the critic's training; the folder of a finished run knows.")
+    parser.add_argument(
+        "--step_separator",
+        type=lambda text: text.replace("\\n", "\n"),
+        default="\n\n",
+        help="What ends a step, \\n for a new line. Default: an empty line.",
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="Solutions at a time. Default: 8.")
+    parser.add_argument("--output", help="File for the results, as JSON.")
+    options = vars(parser.parse_args(arguments))
+    output = options.pop("output")
+    from dapo_trl.processbench import dump_processbench, evaluate_critic, print_processbench
+
+    found = evaluate_critic(**options)
+    print_processbench(found)
+    if output:
+        Path(output).write_text(dump_processbench(found))
+
+
 def _print_env() -> None:
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -301,7 +334,7 @@ def _print_env() -> None:
 
 def _help() -> str:
     lines = ["usage: dapo-trl COMMAND recipe.yaml [--name value ...]", "", "commands:"]
-    lines += [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
     lines += [
         "",
         "dapo-trl COMMAND --help lists the settings. Every stage that is done is skipped, one that was killed goes on",

@@ -246,7 +246,7 @@ def read_processbench(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not ProcessBench, or no row could be kept.
+        ValueError: if the file is not ProcessBench, a label names no step, or no row could be kept.
     """
     rows: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
@@ -256,6 +256,11 @@ def read_processbench(
         if not steps or "" in steps:
             counts["dropped: empty step"] += 1
             continue
+        if not -1 <= error < len(steps):
+            raise ValueError(
+                f"Row {counts['read'] - 1}: `label` is {error}, but the solution has {len(steps)} steps: expected -1 "
+                f"(all right) to {len(steps) - 1}."
+            )
         values = [float(error < 0 or step < error) for step in range(len(steps) - 1)]
         rows.append(
             {
