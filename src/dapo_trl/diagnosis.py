@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dapo_trl.diagnostics import TOLD_APART, binary_cross_entropy, expected_calibration_error
-from dapo_trl.evaluation import Estimate
+from dapo_trl.intervals import Estimate
 
 
 # Distances from the end, in steps, that are told apart; the last one and all beyond are one.

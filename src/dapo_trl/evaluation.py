@@ -10,29 +10,10 @@ import numpy as np
 from datasets import Dataset
 
 from dapo_trl.engines import Engine, SamplingConfig, sample_seed
+from dapo_trl.intervals import Estimate
 from dapo_trl.judging import judge
 from dapo_trl.progress import CompletionBar
 from dapo_trl.tokenization import encode_prompt, template_arguments
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """
-    A mean over problems and its 95% interval.
-
-    Attributes:
-        mean (`float`):
-            The estimate, in [0, 1].
-        low (`float`), high (`float`):
-            Ends of the 95% percentile bootstrap interval.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
 @dataclass(frozen=True)

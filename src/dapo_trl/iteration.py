@@ -21,9 +21,9 @@ from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.dapo_trainer import DAPOTrainer
 from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
 from dapo_trl.engines import Engine
-from dapo_trl.evaluation import Estimate
 from dapo_trl.files import read_json, run_once, temporary_file
 from dapo_trl.interrupts import raise_if_interrupted
+from dapo_trl.intervals import Estimate
 from dapo_trl.model_identity import identify, weights_hash
 from dapo_trl.recipe_arguments import changed_fields
 from dapo_trl.run_folder import held_out_problems, last_checkpoint, made_how, model_path, policy_folder

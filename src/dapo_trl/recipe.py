@@ -25,7 +25,7 @@ from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import evaluate_policy
-from dapo_trl.files import only_one, read_json, run_once, wait_for, write_atomically
+from dapo_trl.files import only_one, run_once, wait_for, write_atomically
 from dapo_trl.iteration import Iteration, free_memory
 from dapo_trl.loading import load_policy
 from dapo_trl.model_identity import identify
@@ -33,7 +33,14 @@ from dapo_trl.problems import load_problems, refuse_long_prompts
 from dapo_trl.publishing import Publisher
 from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
 from dapo_trl.recipe_checks import refuse_bad_training, refuse_empty_folder, refuse_misfit_adapter
-from dapo_trl.run_folder import iteration_folder, made_how, model_path, policy_folder, refuse_closed_folder
+from dapo_trl.run_folder import (
+    iteration_folder,
+    made_how,
+    model_path,
+    policy_folder,
+    refuse_closed_folder,
+    stage_times,
+)
 from dapo_trl.settings import SettingsError
 from dapo_trl.stages import process_state, rows_fingerprint
 from dapo_trl.summary import print_evaluation, print_next, print_results, print_title
@@ -266,31 +273,3 @@ class Recipe:
         free_memory()
         print_evaluation(results)
         return results
-
-
-def stage_times(folder: Path, iterations: list[Path]) -> dict[str, dict[str, float]]:
-    """
-    Time and tokens of the stages of a run, from what they left in its folder.
-
-    Args:
-        folder (`Path`):
-            Folder of the run.
-        iterations (`list[Path]`):
-            Folders of its iterations.
-
-    Returns:
-        `dict`: stage -> `seconds` of wall-clock time, and `tokens` generated. Of a sampling stage it is the time in
-        which shards that are kept were under way, however many at a time; of a training that went on, since the last
-        start.
-    """
-    patterns = ["sampled/manifest.json", "values/manifest.json", "critic/stage.json", "data/scored.json"]
-    patterns += ["policy*/stage.json", "policy*/accuracy.json"]
-    paths = [path for part in iterations for pattern in patterns for path in sorted(part.glob(pattern))]
-    found = {}
-    for path in [*folder.glob("before.json"), *paths]:
-        stage = read_json(path, ["config"], cure="Delete it to do this step again")
-        name = "/".join(path.relative_to(folder).with_suffix("").parts).removesuffix("/manifest").removesuffix("/stage")
-        results = stage.get("results", {})
-        tokens = stage["counts"].get("tokens_generated", 0) if "counts" in stage else results.get("tokens", 0)
-        found[name] = {"seconds": stage.get("seconds", 0.0), "tokens": tokens}
-    return found

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from dapo_trl.files import (
     dump_json,
     numbered_folders,
@@ -99,6 +97,34 @@ def made_how(model: str) -> dict[str, Any] | None:
     return read_json(stage, ["config"], cure="Delete it to do this step again")["config"] if stage.exists() else None
 
 
+def stage_times(folder: Path, iterations: list[Path]) -> dict[str, dict[str, float]]:
+    """
+    Time and tokens of the stages of a run, from what they left in its folder.
+
+    Args:
+        folder (`Path`):
+            Folder of the run.
+        iterations (`list[Path]`):
+            Folders of its iterations.
+
+    Returns:
+        `dict`: stage -> `seconds` of wall-clock time, and `tokens` generated. Of a sampling stage it is the time in
+        which shards that are kept were under way, however many at a time; of a training that went on, since the last
+        start.
+    """
+    patterns = ["sampled/manifest.json", "values/manifest.json", "critic/stage.json", "data/scored.json"]
+    patterns += ["policy*/stage.json", "policy*/accuracy.json"]
+    paths = [path for part in iterations for pattern in patterns for path in sorted(part.glob(pattern))]
+    found = {}
+    for path in [*folder.glob("before.json"), *paths]:
+        stage = read_json(path, ["config"], cure="Delete it to do this step again")
+        name = "/".join(path.relative_to(folder).with_suffix("").parts).removesuffix("/manifest").removesuffix("/stage")
+        results = stage.get("results", {})
+        tokens = stage["counts"].get("tokens_generated", 0) if "counts" in stage else results.get("tokens", 0)
+        found[name] = {"seconds": stage.get("seconds", 0.0), "tokens": tokens}
+    return found
+
+
 def last_checkpoint(folder: Path, settings: dict[str, Any]) -> str | None:
     """
     The newest checkpoint that was written to its end; what a kill left of others is removed.
@@ -115,6 +141,8 @@ def last_checkpoint(folder: Path, settings: dict[str, Any]) -> str | None:
     Raises:
         ValueError: if the checkpoints are of other settings.
     """
+    from accelerate import PartialState  # torch, which who only looks at a run does without
+
     checkpoints = [path for _, path in numbered_folders(folder, "checkpoint")]
     whole = [path for path in checkpoints if _is_whole(path)]
     begun, settings = folder / "begun.json", json.loads(json.dumps(settings))

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dapo_trl.diagnosis import MIN_SKILL
-from dapo_trl.evaluation import Estimate
 from dapo_trl.inspection import one_line
+from dapo_trl.intervals import Estimate
 
 
 console = Console(width=110)
