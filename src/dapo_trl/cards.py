@@ -222,7 +222,14 @@ def push_model_to_hub(folder: str | Path, repo_id: str, private: bool | None = N
         repo_id=repo.repo_id,
         folder_path=folder,
         allow_patterns=["README.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"],
-        ignore_patterns=["*/*", "stage.json", "begun.json", "accuracy.json", "published.json"],
+        ignore_patterns=[
+            "*/*",
+            "stage.json",
+            "begun.json",
+            "accuracy.json",
+            "published.json",
+            "trainer_state.json",
+        ],
         commit_message="Upload a model of dapo-trl",
     )
     return str(repo)

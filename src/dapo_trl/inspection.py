@@ -3,7 +3,7 @@ One problem of a run in the terminal: its states as a tree, next steps coloured 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,59 +16,15 @@ from rich.style import Style
 from rich.text import Text
 from rich.tree import Tree
 
-from dapo_trl.files import named_damage, numbered_folders, read_parquet, shard_cure
+from dapo_trl.files import named_damage, numbered_folders, read_parquet
+from dapo_trl.problem_tree import Node, Row, add_critic, best_first, build_tree, outcome_or_value, prompt_text
+from dapo_trl.run_folder import shard_tables, table_cure
 
 
 _COLORS = ((215, 48, 39), (190, 150, 0), (26, 152, 80))  # of the values 0, 1/2 and 1
 _LONGEST_STEP = 100
 _LEGEND = "value (right/completions), critic's value | ● taken by a kept solution | ✔ ends right ✘ ends wrong ✂ cut off"
 _NUM_NAMED = 5
-
-Row = dict[str, Any]
-
-
-@dataclass
-class Node:
-    """
-    A state, and the step that leads there.
-
-    Attributes:
-        step (`str`):
-            Text of the step; the prompt at the root.
-        ending (`str`):
-            `""` for a step that others may follow, `"end"` for one that ends the solution, `"cut off"` for one that
-            breaks off at the length limit.
-        value (`float` or `None`), successes (`float` or `None`), rollouts (`int` or `None`):
-            Monte Carlo value, and the completions behind it.
-        critic_value (`float` or `None`):
-            The critic's value.
-        reward (`float` or `None`):
-            Outcome of a solution that ends here.
-        is_kept (`bool`):
-            Whether a kept solution came here.
-        children (`dict[tuple[str, str], Node]`):
-            Next states by step and ending.
-    """
-
-    step: str
-    ending: str = ""
-    value: float | None = None
-    successes: float | None = None
-    rollouts: int | None = None
-    critic_value: float | None = None
-    reward: float | None = None
-    is_kept: bool = False
-    children: dict[tuple[str, str], "Node"] = field(default_factory=dict)
-
-    def child(self, step: str, ending: str = "") -> "Node":
-        """The state that a step leads to; made if it is not there."""
-        return self.children.setdefault((step, ending), Node(step, ending))
-
-    def update(self, **values: Any) -> None:
-        """Take over what is known."""
-        for name, value in values.items():
-            if value is not None:
-                setattr(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -125,13 +81,13 @@ def _find(folder: Path) -> _Source:
     if folder.is_file():
         return _of_file(folder)
     iterations = numbered_folders(folder, "iteration")
-    valued = [(number, path) for number, path in iterations if _shards(path / "values", "states")]
+    valued = [(number, path) for number, path in iterations if shard_tables(path / "values", "states")]
     if valued:
         number, path = valued[-1]
         return _of_run(path, f"{folder.name}, iteration {number} of {iterations[-1][0]}")
-    if _shards(folder / "values", "states"):
+    if shard_tables(folder / "values", "states"):
         return _of_run(folder, folder.resolve().name)
-    if _shards(folder, "states"):
+    if shard_tables(folder, "states"):
         return _of_run(folder.resolve().parent, folder.resolve().parent.name)
     raise ValueError(
         f"{folder} has no values yet. Run `dapo-trl values` with its recipe first; what is done of it can be looked at."
@@ -150,27 +106,16 @@ def _of_file(path: Path) -> _Source:
 def _of_run(folder: Path, title: str) -> _Source:
     values, data = folder / "values", folder / "data"
     critic = [[path] if (path := data / f"{name}_critic.parquet").exists() else [] for name in ("states", "solutions")]
-    return _Source(title, _shards(values, "states"), _shards(values, "solutions"), *critic)
-
-
-def _shards(folder: Path, table: str) -> list[Path]:
-    return sorted((folder / "shards").glob(f"[0-9]*-{table}.parquet"))
+    return _Source(title, shard_tables(values, "states"), shard_tables(values, "solutions"), *critic)
 
 
 def _read(path: Path, **options: Any) -> pa.Table:
-    return read_parquet(path, _cure(path), **options)
+    return read_parquet(path, table_cure(path), **options)
 
 
 def _columns(path: Path) -> list[str]:
-    with named_damage(path, _cure(path)):
+    with named_damage(path, table_cure(path)):
         return pq.read_schema(path).names
-
-
-def _cure(path: Path) -> str:
-    if path.parent.name == "shards":
-        return shard_cure(path)
-    scored = path.with_name("scored.json")
-    return f"Delete {scored} to score the rows again" if scored.exists() else "Write it again"
 
 
 def _rows(paths: list[Path], problem_id: str) -> list[Row]:
@@ -179,7 +124,7 @@ def _rows(paths: list[Path], problem_id: str) -> list[Row]:
         if "problem_id" in _columns(path):
             rows = _read(path, filters=[("problem_id", "=", problem_id)]).to_pylist()
         else:
-            rows = [row for row in _read(path).to_pylist() if _prompt_text(row["prompt"]) == problem_id]
+            rows = [row for row in _read(path).to_pylist() if prompt_text(row["prompt"]) == problem_id]
         if rows:
             return rows
     return []
@@ -189,7 +134,7 @@ def _problem_ids(source: _Source) -> Iterator[str]:
     for path in source.states + source.solutions:
         name = "problem_id" if "problem_id" in _columns(path) else "prompt"
         ids = _read(path, columns=[name])[name].to_pylist()
-        yield from dict.fromkeys(ids if name == "problem_id" else map(_prompt_text, ids))
+        yield from dict.fromkeys(ids if name == "problem_id" else map(prompt_text, ids))
 
 
 def _no_problem(source: _Source, problem_id: str) -> str:
@@ -199,99 +144,6 @@ def _no_problem(source: _Source, problem_id: str) -> str:
         f"{source.title} has no problem {problem_id!r} with values. There are {len(known):,}: {named}"
         f"{' and more' if len(known) > _NUM_NAMED else ''}. Problems whose solutions all ended alike have none."
     )
-
-
-# ---- Tree ----
-
-
-def build_tree(states: list[Row], solutions: list[Row]) -> Node:
-    """
-    The states of a problem.
-
-    Args:
-        states (`list[dict]`):
-            Its state rows.
-        solutions (`list[dict]`):
-            Its solution rows: they say which steps kept solutions took, and value states with one next step only, of
-            which there are no state rows.
-
-    Returns:
-        [`Node`]: the bare prompt.
-    """
-    root = Node(_prompt_text((states or solutions)[0]["prompt"]))
-    for row in solutions:
-        for index, node in enumerate(_path(root, row)):
-            node.is_kept = True
-            node.update(
-                value=_at(row, "values", index),
-                successes=_at(row, "mc_successes", index),
-                rollouts=_at(row, "mc_rollouts", index),
-            )
-        node.update(reward=row["values"][-1])
-    for row in states:
-        _add_state_row(root, row)
-    if root.value is None and root.children and all(child.rollouts for child in root.children.values()):
-        root.successes = sum(child.successes or 0.0 for child in root.children.values())
-        root.rollouts = sum(child.rollouts or 0 for child in root.children.values())
-        root.value = root.successes / root.rollouts
-    return root
-
-
-def add_critic(root: Node, states: list[Row], solutions: list[Row]) -> None:
-    """
-    Put the critic's values into a tree.
-
-    Args:
-        root ([`Node`]):
-            What [`build_tree`] gave.
-        states (`list[dict]`):
-            State rows with `critic_values`, or none.
-        solutions (`list[dict]`):
-            Solution rows with `critic_values`, or none.
-    """
-    for row in states:
-        for number, node in enumerate(_candidates(root, row)):
-            node.update(critic_value=_at(row, "critic_values", number))
-    for row in solutions:
-        for index, node in enumerate(_path(root, row)):
-            node.update(critic_value=_at(row, "critic_values", index))
-
-
-def _add_state_row(root: Node, row: Row) -> None:
-    for number, node in enumerate(_candidates(root, row)):
-        node.update(
-            value=_at(row, "values", number),
-            successes=_at(row, "mc_successes", number),
-            rollouts=_at(row, "mc_rollouts", number),
-            reward=_at(row, "rewards", number),
-        )
-
-
-def _candidates(root: Node, row: Row) -> list[Node]:
-    """States that the candidates of a state row lead to."""
-    state = root
-    for step in row["prefix"]:
-        state = state.child(step)
-    endings = ["" if _at(row, "rewards", number) is None else "end" for number in range(len(row["candidates"]))]
-    return [state.child(step, ending) for step, ending in zip(row["candidates"], endings, strict=True)]
-
-
-def _path(root: Node, row: Row) -> list[Node]:
-    """States 0..K of a solution row."""
-    path = [root]
-    for number, step in enumerate(row["completions"], 1):
-        is_last = number == len(row["completions"])
-        path.append(path[-1].child(step, ("cut off" if row.get("truncated") else "end") if is_last else ""))
-    return path
-
-
-def _at(row: Row, name: str, index: int) -> Any:
-    values = row.get(name)
-    return None if values is None else values[index]
-
-
-def _prompt_text(prompt: str | list[dict[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 # ---- Drawing ----
@@ -309,26 +161,13 @@ def _draw(root: Node) -> Tree:
     stack = [(root, tree)]
     while stack:
         node, drawn = stack.pop()
-        for child in sorted(node.children.values(), key=_order):
+        for child in sorted(node.children.values(), key=best_first):
             stack.append((child, drawn.add(_label(child))))
     return tree
 
 
-def _order(node: Node) -> tuple[float, str]:
-    value = _value(node)
-    return (-1.0 if value is None else -value, node.step)
-
-
-def _value(node: Node) -> float | None:
-    """The outcome of a solution that ends here, the Monte Carlo value otherwise, the critic's where there is none."""
-    for value in (node.reward, node.value, node.critic_value):
-        if value is not None:
-            return value
-    return None
-
-
 def _label(node: Node) -> Text:
-    value = _value(node)
+    value = outcome_or_value(node)
     label = Text(no_wrap=True, overflow="ellipsis")
     label.append(
         " -  " if value is None else f"{value:.2f}", Style() if value is None else color(value) + Style(bold=True)

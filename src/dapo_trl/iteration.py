@@ -334,6 +334,7 @@ class Iteration:
         """The model and its card; of an adapter also the model that it makes, for the stages that follow."""
         folder = Path(trainer.args.output_dir)
         trainer.save_model()
+        trainer.save_state()  # with what was logged, of which reports are made
         publisher = self.recipe.publisher
         name = publisher.model_name(folder)
         trainer.hub_model_id = name if self.arguments.push_to_hub else None

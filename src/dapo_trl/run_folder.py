@@ -14,6 +14,7 @@ from dapo_trl.files import (
     numbered_folders,
     read_json,
     refuse_differences,
+    shard_cure,
     wait_for,
     write_atomically,
 )
@@ -37,6 +38,39 @@ def iteration_folder(folder: Path, number: int) -> Path:
         return folder / f"iteration-{number + 1}"
     first = folder / "iteration-1"  # of runs that were begun with several, before this was so
     return first if first.exists() else folder
+
+
+def shard_tables(folder: Path, table: str) -> list[Path]:
+    """
+    Files of a table of a sampling stage, in their order. While the stage is under way, those that are there.
+
+    Args:
+        folder (`Path`):
+            Folder of the stage.
+        table (`str`):
+            Its name, such as `"states"`.
+
+    Returns:
+        `list[Path]`.
+    """
+    return sorted((folder / "shards").glob(f"[0-9]*-{table}.parquet"))
+
+
+def table_cure(path: Path) -> str:
+    """
+    What to do about a damaged table of a run.
+
+    Args:
+        path (`Path`):
+            Its parquet file.
+
+    Returns:
+        `str`.
+    """
+    if path.parent.name == "shards":
+        return shard_cure(path)
+    scored = path.with_name("scored.json")
+    return f"Delete {scored} to score the rows again" if scored.exists() else "Write it again"
 
 
 def held_out_problems(problem_ids: Iterable[str]) -> set[str]:
