@@ -31,6 +31,7 @@ COMMANDS = {
     "diagnose": "what the critic of a run knows about problems that it was not trained on, and whether to use it",
     "processbench": "how often a critic finds the first wrong step of others' solutions, those of ProcessBench",
     "inspect": "the states of one problem of a run in the terminal, steps coloured by value",
+    "report": "a run as one HTML file: accuracies, critic, training, what was left out, solutions by value",
     "env": "versions of everything, for bug reports",
 }
 _PATHS = ("model_name_or_path", "critic_model_name_or_path", "dataset_name")  # of what must be there
@@ -116,6 +117,8 @@ def _run(command: str, arguments: list[str]) -> None:
         _diagnose(arguments)
     elif command == "processbench":
         _processbench(arguments)
+    elif command == "report":
+        _report(arguments)
     elif {"-h", "--help"} & set(arguments):
         print(f"usage: dapo-trl env\n\n{COMMANDS[command]}" if command == "env" else _command_help(command))
     elif command == "env":
@@ -314,6 +317,20 @@ def _processbench(arguments: list[str]) -> None:
     print_processbench(found)
     if output:
         Path(output).write_text(dump_processbench(found))
+
+
+def _report(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dapo-trl report", description=COMMANDS["report"])
+    parser.add_argument("folder", help="Folder of a run, finished or not.")
+    parser.add_argument("--output", help="File to write; by default `report.html` in the folder.")
+    parser.add_argument("--problems", type=int, default=40, help="Problems to look at (40); 0 for none.")
+    options = parser.parse_args(arguments)
+    if options.problems < 0:
+        raise UsageError(f"--problems must be at least 0, got {options.problems}.")
+    from dapo_trl.report import write_report
+
+    path = write_report(options.folder, options.output, options.problems)
+    print(f"Report: {path} ({path.stat().st_size / 1e6:.1f} MB). Open it in a browser.")
 
 
 def _print_env() -> None:

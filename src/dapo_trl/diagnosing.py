@@ -14,7 +14,7 @@ from dapo_trl.files import numbered_folders, read_parquet, write_atomically
 from dapo_trl.run_folder import held_out_problems
 
 
-_TITLES = {
+MEASURES = {
     "skill": "skill: 1 - BCE / BCE of the best constant",
     "depth_skill": "the same, against a constant for each number of steps",
     "brier_skill": "1 - Brier score / that of the best constant",
@@ -72,7 +72,7 @@ def print_diagnosis(found: Diagnosis, console: Console | None = None) -> None:
     console = console or Console()
     title = f"Critic on {found.num_states:,} states of {found.num_problems:,} held-out problems"
     table = Table("measure", "with 95% interval", title=f"{title}, {found.num_rollouts:,} completions")
-    for name, text in _TITLES.items():
+    for name, text in MEASURES.items():
         table.add_row(text, str(found.measures[name]) if name in found.measures else "cannot be measured")
     for distance, estimate in found.skill_by_distance.items():
         steps = "step" if distance == "1" else "steps"

@@ -43,7 +43,7 @@ def write_atomically(path: Path, text: str) -> None:
             What it shall hold.
     """
     with temporary_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

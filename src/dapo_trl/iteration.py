@@ -58,6 +58,7 @@ NO_SIGNAL = (
     "No problem carries signal: there is no state whose next steps could be compared. Nothing was trained. " + CURES
 )
 STAGES = ("sample", "values", "critic", "score", "advantages", "train")
+_SCORING = {"eval_strategy": "no", "load_best_model_at_end": False}  # there are no rows to measure the critic with
 _IDENTIFIED = ("model_name_or_path", "model_revision")  # fields that say which model, not how it is trained
 
 
@@ -210,7 +211,8 @@ class Iteration:
         critic = model_path(folder)
 
         def compute() -> dict[str, Any]:
-            config = StepCriticConfig(str(folder), **self.recipe.training_arguments(self.arguments.critic, critic))
+            arguments = self.recipe.training_arguments(self.arguments.critic, critic) | _SCORING
+            config = StepCriticConfig(str(folder), **arguments)
             trainer = StepCriticTrainer(model=critic, args=config, processing_class=self.recipe.tokenizer)
             scored = {name: trainer.predict_values(values.table(name)) for name in ("solutions", "states")}
             scored["states"] = self._with_critic_advantages(scored["states"], scored["solutions"]["problem_id"])

@@ -2,7 +2,6 @@
 What of a run goes to the Hub: data sets of stages, models, and what their cards say of its settings.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,11 @@ from trl import ModelConfig
 from dapo_trl.cards import push_model_to_hub
 from dapo_trl.dataset_cards import hub_repo_id, push_stage_to_hub, write_dataset_card
 from dapo_trl.files import text_fingerprint
-from dapo_trl.recipe_arguments import RecipeArguments, changed_fields, trainer_configs
+from dapo_trl.recipe_arguments import RecipeArguments, changed_fields, public_settings, trainer_configs
 from dapo_trl.run_folder import publish_once
 from dapo_trl.settings import SettingsError
 from dapo_trl.store import ShardStore
 from dapo_trl.summary import console
-
-
-_PRIVATE = ("output_dir", "server_urls", "estimate", "report_to", "max_concurrency")  # what belongs to this machine
 
 
 class Publisher:
@@ -78,8 +74,7 @@ class Publisher:
     def settings(self) -> dict[str, Any]:
         """What was set, for a card: without what belongs to this machine."""
         given = changed_fields(self._arguments) | changed_fields(self._model_config)
-        kept = {name: value for name, value in given.items() if name not in _PRIVATE and "hub" not in name}
-        return {name: _without_path(value) for name, value in kept.items()}
+        return public_settings(given)
 
     def stage(self, stage: ShardStore) -> None:
         """The card of a stage's data set; and the data set on the Hub, if that is wanted."""
@@ -106,11 +101,3 @@ class Publisher:
     def _name(self, folder: Path, prefix: str | None) -> str:
         name = hub_repo_id(prefix, self._run_folder, folder)
         return f"{self._namespace}/{name}" if self._namespace and "/" not in name else name
-
-
-def _without_path(value: Any) -> Any:
-    """Of a local path, its name."""
-    if isinstance(value, dict):
-        return {name: _without_path(part) for name, part in value.items()}
-    is_path = isinstance(value, str) and os.path.exists(value.partition(":")[0])
-    return os.path.basename(os.path.normpath(value)) if is_path else value

@@ -2,6 +2,7 @@
 Arguments of a recipe. Nothing heavy is imported, so that `dapo-trl run --help` answers at once.
 """
 
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ class ServerArguments:
 
 
 _CHOICES = {"engine": ["transformers", "openai", "vllm"], "values": ["critic", "monte_carlo", "shrinkage", "both"]}
+_PRIVATE = ("output_dir", "server_urls", "estimate", "report_to", "max_concurrency")  # what belongs to this machine
 _LEAST = {
     "seed": 0,
     "iterations": 1,
@@ -244,3 +246,37 @@ def changed_fields(config: Any) -> dict[str, Any]:
     defaults = type(config)()
     given = asdict(config)
     return {name: value for name, value in given.items() if value != getattr(defaults, name)}
+
+
+def public_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """
+    Settings that others may see: without what belongs to this machine, and of paths only their last part.
+
+    Args:
+        given (`dict`):
+            Settings of a recipe.
+
+    Returns:
+        `dict`.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl.recipe_arguments import public_settings
+
+    >>> public_settings({"output_dir": "runs/mine", "seed": 1, "dataset_name": "/home/me/math.py:make"})
+    {'seed': 1, 'dataset_name': 'math.py:make'}
+
+    ```
+    """
+    kept = {name: value for name, value in given.items() if name not in _PRIVATE and "hub" not in name}
+    return {name: _without_path(value) for name, value in kept.items()}
+
+
+def _without_path(value: Any) -> Any:
+    """Of a local path, its name."""
+    if isinstance(value, dict):
+        return {name: _without_path(part) for name, part in value.items()}
+    path = value.partition(":")[0] if isinstance(value, str) else ""
+    is_path = bool(path) and (os.path.isabs(path) or os.path.exists(path))
+    return os.path.basename(os.path.normpath(value)) if is_path else value
