@@ -294,6 +294,7 @@ def test_recipe_publishes_models(tmp_path, uploads, monkeypatch):
     for repository in ("us/models-critic", "us/models-policy"):
         files = uploads[repository]
         assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
-        assert not {"stage.json", "begun.json", "accuracy.json", "training_args.bin"} & set(files)
+        kept = {"stage.json", "begun.json", "accuracy.json", "training_args.bin", "trainer_state.json"}
+        assert not kept & set(files)
         texts = [text for name, text in files.items() if not name.endswith(".safetensors")]
         assert not any(str(tmp_path).encode() in text or str(REPOSITORY).encode() in text for text in texts)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from commands import ENVIRONMENT, TIMEOUT
 from conftest import REPOSITORY, STUDENT
+from dapo_trl.intervals import Estimate
 from dapo_trl.model_identity import identify
 from written import done_work, records, results, rows, seconds
 
@@ -146,6 +147,32 @@ def test_stage_by_stage(commands, tmp_path, whole):
     assert results(folder) == results(whole)
     (evaluation,) = (folder / "evaluations").glob("*.json")
     assert json.loads(evaluation.read_text())["results"] == results(whole)["before"]
+
+
+def test_report(whole, tmp_path):
+    """Of a run as it is: its accuracies, and the curves of all three models."""
+    from dapo_trl.report import write_report
+
+    text = write_report(whole, tmp_path / "report.html").read_text()
+    found = results(whole)
+    for name in ("before", "policy_critic", "policy_monte_carlo"):
+        assert str(Estimate(**found[name]["greedy"])) in text
+    for name in ("critic", "policy", "policy_monte_carlo"):
+        logs = json.loads((whole / name / "trainer_state.json").read_text())["log_history"]
+        assert "train_loss" in logs[-1] or "eval_loss" in logs[-1]
+    assert "Nothing was kept of what was logged" not in text
+
+
+def test_a_critic_measured_while_it_trains(commands, tmp_path, again):
+    """Scoring needs no rows to measure with."""
+    for name in ("critic", "data"):
+        shutil.rmtree(again / name)
+    settings = ("--critic.eval_strategy", "steps", "--critic.eval_steps", "1", "--critic.max_steps", "2")
+    code, text = commands.run("score", RECIPE, *SMALL, *settings, "--output_dir", again, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    logs = json.loads((again / "critic" / "trainer_state.json").read_text())["log_history"]
+    assert len([row for row in logs if "eval_skill" in row]) >= 2
+    assert (again / "data" / "states_critic.parquet").exists()
 
 
 def test_two_iterations(commands, tmp_path):

@@ -107,7 +107,7 @@ def test_fields_of_sampling_are_documented():
         assert f"`{column}`" in pipeline and f"`{column}`" in README, column
     for command in COMMANDS:
         assert f"`{command}`" in pipeline or f"dapo-trl {command}" in pipeline, command
-    for command in ("run recipe.yaml --dry-run", "inspect", "eval", "env"):
+    for command in ("run recipe.yaml --dry-run", "inspect", "diagnose", "report", "eval", "env"):
         assert f"dapo-trl {command}" in README, command
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from dapo_trl.intervals import Estimate
-from dapo_trl.reliability import Bin
+from dapo_trl.calibration import Bin
 
 
 _WIDTH = 320  # so narrow that the text is still readable on a phone; figures stand side by side where there is room
@@ -161,7 +161,7 @@ def reliability_figure(bins: Sequence[Bin]) -> Figure:
     Mean outcomes by predicted value, and how many completions are behind them.
 
     Args:
-        bins (sequence of [`~dapo_trl.reliability.Bin`]):
+        bins (sequence of [`~dapo_trl.calibration.Bin`]):
             At least one.
 
     Returns:

@@ -207,7 +207,7 @@ def _verdict(row: Row) -> str:
 def _by_problem(paths: list[Path], chosen: list[str]) -> dict[str, list[Row]]:
     """Rows of some problems, without token ids."""
     found: dict[str, list[Row]] = {}
-    for path in paths:
+    for path in paths if chosen else []:
         if path.exists():
             with named_damage(path, table_cure(path)):
                 columns = [name for name in pq.read_schema(path).names if not name.endswith("_ids")]

@@ -11,9 +11,9 @@ import numpy as np
 
 from dapo_trl.diagnosing import MEASURES
 from dapo_trl.diagnosis import Diagnosis, diagnose
-from dapo_trl.files import numbered_folders, read_json, read_parquet
+from dapo_trl.files import numbered_folders, read_json, read_parquet, refuse_incomplete
 from dapo_trl.intervals import Estimate
-from dapo_trl.reliability import reliability
+from dapo_trl.calibration import reliability
 from dapo_trl.report_figures import (
     Figure,
     curve_figure,
@@ -27,7 +27,7 @@ from dapo_trl.run_folder import held_out_problems, table_cure
 
 
 _SCORED = ("problem_id", "mc_successes", "mc_rollouts", "critic_values")
-_MEASURED = {"greedy": "greedy", "mean_at_k": "mean@{k}", "pass_at_k": "pass@{k}"}
+_MEASURED = ("greedy", "mean_at_k", "pass_at_k")
 
 # Curves of a training: title -> names in the log and their labels. The first ones that are there are shown at once.
 _CURVES = {
@@ -109,8 +109,7 @@ def accuracies_of(folder: Path, iterations: list[Iteration]) -> list[Accuracy]:
     for label, style, path in paths:
         if path.exists():
             results = read_json(path, ["results"], AGAIN)["results"]
-            if missing := [name for name in (*_MEASURED, "k", "num_problems") if name not in results]:
-                raise ValueError(f"{path} is damaged: it does not hold {', '.join(map(repr, missing))}. {AGAIN}.")
+            refuse_incomplete(path, results, (*_MEASURED, "k", "num_problems"), AGAIN)
             found.append(Accuracy(label, style, results))
     return found
 

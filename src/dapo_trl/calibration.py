@@ -59,7 +59,7 @@ def reliability(
     Example:
 
     ```python
-    >>> from dapo_trl.reliability import reliability
+    >>> from dapo_trl.calibration import reliability
 
     >>> row = {"problem_id": "1", "completions": ["a", "b"], "critic_values": [0.5, 0.9, 1.0]}
     >>> rows = [row | {"mc_successes": [2.0, 4.0, 1.0], "mc_rollouts": [4, 4, 1]}]
