@@ -6,21 +6,25 @@ longest sequence), and for the policy `source_rows`, `source_steps` and `source_
 each pair comes from, and the fingerprint of that row.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import extract_prompt
 
 from dapo_trl.advantages import advantage_gap, sibling_advantages, with_true_rewards
+from dapo_trl.dataset_checks import (
+    check_columns_are_used,
+    check_fingerprint,
+    check_kind,
+    refuse_values_without_advantages,
+    refuse_without_reliabilities,
+    warn_of_another_end,
+)
 from dapo_trl.formats import check_dataset
 from dapo_trl.ref_logps import check_ref_logps_are_complete, check_ref_tokenizer, row_fingerprint
-from dapo_trl.tokenization import end_written_by_template, template_arguments, tokenizer_fingerprint
 from dapo_trl.tokenized_rows import (
     PER_PAIR,
     keep_reliable,
@@ -56,37 +60,6 @@ _FATE_FEATURES = {
     "unreliable": Value("int64"),
     "steps": Value("int64"),
 }
-
-
-def check_fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Refuse token ids that another tokenizer made.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows, with or without ids.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model that shall read them.
-
-    Raises:
-        ValueError: if the rows carry ids whose `tokenizer_fingerprint` is not this tokenizer's.
-    """
-    if not {"candidates_ids", "completions_ids"} & set(dataset.column_names):
-        return
-    if "tokenizer_fingerprint" not in dataset.column_names:
-        logger.warning(
-            "The rows carry token ids, but no `tokenizer_fingerprint` that says whose. They are used as they are: make "
-            "sure that they come from this model's tokenizer, or remove the columns that end in `_ids`."
-        )
-        return
-    own = tokenizer_fingerprint(tokenizer)
-    for index, fingerprint in enumerate(dataset["tokenizer_fingerprint"]):
-        if fingerprint != own:
-            raise ValueError(
-                f"Row {index}: its token ids come from a tokenizer with fingerprint {fingerprint!r}, this model's "
-                f"tokenizer has {own!r}. Use the tokenizer of the model that sampled the data, or remove the columns "
-                "that end in `_ids` to tokenize the text again."
-            )
 
 
 def prepare_policy_dataset(
@@ -136,10 +109,10 @@ def prepare_policy_dataset(
         TypeError: if `dataset` is no `Dataset`.
         ValueError: if a row is bad, or no row is left.
     """
-    _check_kind(dataset, name)
+    check_kind(dataset, name)
     if {"chosen", "rejected"} <= set(dataset.column_names) and "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts ({name})", num_proc=num_proc)
-    _refuse_values_without_advantages(dataset, name)
+    refuse_values_without_advantages(dataset, name)
     row_format = check_dataset(dataset).format
     if row_format == "stepwise":
         raise ValueError(
@@ -153,10 +126,10 @@ def prepare_policy_dataset(
             "teach more: see `docs/formats.md`."
         )
     check_fingerprint(dataset, tokenizer)
-    _warn_of_another_end(dataset, row_format, tokenizer, name)
-    _check_columns_are_used(dataset, row_format, duplicate_weights, name)
+    warn_of_another_end(dataset, row_format, tokenizer, name)
+    check_columns_are_used(dataset, row_format, duplicate_weights, name)
     if reliability_weights or min_reliability > 0:
-        _refuse_without_reliabilities(dataset, row_format, name, min_reliability)
+        refuse_without_reliabilities(dataset, row_format, name, min_reliability)
 
     check_ref_tokenizer(dataset, tokenizer, name)
     has_values = row_format == "state" and "advantages" not in dataset.column_names
@@ -239,7 +212,7 @@ def prepare_critic_dataset(
         TypeError: if `dataset` is no `Dataset`.
         ValueError: if a row is bad, the rows are of another format, or no row is left.
     """
-    _check_kind(dataset, name)
+    check_kind(dataset, name)
     row_format = check_dataset(dataset).format
     if row_format != "solution":
         raise ValueError(
@@ -248,7 +221,7 @@ def prepare_critic_dataset(
             + (" `dapo_trl.readers.from_stepwise` converts it." if row_format == "stepwise" else "")
         )
     check_fingerprint(dataset, tokenizer)
-    _warn_of_another_end(dataset, row_format, tokenizer, name)
+    warn_of_another_end(dataset, row_format, tokenizer, name)
 
     def tokenize(row: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:
         tokens, removed = truncate_row(tokenize_critic_row(row, tokenizer), max_length)
@@ -259,128 +232,6 @@ def prepare_critic_dataset(
     tokenized = _tokenize(dataset, tokenize, features, name, num_proc)
     fates = ["kept" if steps else "too_long" for steps in tokenized["steps"]]
     return _select(tokenized, fates, len(dataset), 0, name, [f"{limit_name}={max_length}"])
-
-
-def check_rows_fit_model(prepared: Dataset, config: PretrainedConfig, name: str) -> None:
-    """
-    Refuse token ids that the model has no embedding for; warn of sequences longer than it was made for.
-
-    Args:
-        prepared ([`~datasets.Dataset`]):
-            Tokenized rows.
-        config ([`~transformers.PretrainedConfig`]):
-            Configuration of the model.
-        name (`str`):
-            What the data set is called in messages.
-
-    Raises:
-        ValueError: if an id is out of the model's vocabulary.
-    """
-    text_config = config.get_text_config()
-    vocab_size = getattr(text_config, "vocab_size", None)
-    largest = max(_largest_id(prepared, column) for column in ("context_ids", "branches"))
-    if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(
-            f"`{name}_dataset` has the token id {largest}, but the model embeds only {vocab_size} tokens (0 to "
-            f"{vocab_size - 1}). Use the model's own tokenizer, or `model.resize_token_embeddings` if you added tokens."
-        )
-    positions = getattr(text_config, "max_position_embeddings", None)
-    longest = max(prepared["length"])
-    if positions is not None and longest > positions:
-        logger.warning(
-            f"`{name}_dataset` has sequences of up to {longest} tokens, but the model was made for {positions} "
-            f"(`max_position_embeddings`). Set `max_length={positions}` to cut them by whole steps."
-        )
-
-
-def _largest_id(prepared: Dataset, column: str) -> int:
-    largest = 0
-    for batch in prepared.select_columns([column]).with_format("arrow").iter(batch_size=1000):
-        ids = batch[column]
-        while pa.types.is_list(ids.type):
-            ids = pc.list_flatten(ids)
-        largest = max(largest, pc.max(ids).as_py() or 0)
-    return largest
-
-
-def _check_kind(dataset: Any, name: str) -> None:
-    if isinstance(dataset, dict):
-        raise TypeError(
-            f"`{name}_dataset` holds several splits: {list(dataset)}. Pass one, such as `dataset['train']`."
-        )
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"`{name}_dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}. Rows are checked, filtered "
-            "and counted before training starts, so a stream must be read first: `Dataset.from_list(list(stream))`."
-        )
-
-
-def _refuse_values_without_advantages(dataset: Dataset, name: str) -> None:
-    columns = set(dataset.column_names)
-    has_advantages = "advantages" in columns or {"values", "counts"} <= columns
-    values = [column for column in ("critic_values", "values") if column in columns]
-    if {"prefix", "candidates"} <= columns and values and not has_advantages:
-        raise ValueError(
-            f"`{name}_dataset` has `{values[0]}`, but no `advantages`. Compute them first: "
-            f'`add_advantages(dataset, "{values[0]}")`.'
-        )
-
-
-def _warn_of_another_end(dataset: Dataset, row_format: str, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Say so when answers would be taught to end otherwise than the chat template ends them."""
-    if row_format == "preference" or {"candidates_ids", "completions_ids"} & set(dataset.column_names):
-        return  # the template, or the sampler, has written the end
-    end = None
-    with contextlib.suppress(ValueError):  # a bad row is refused by its number when it is tokenized
-        end = end_written_by_template(dataset[0]["prompt"], tokenizer, **template_arguments(dataset[0]))
-    if end is not None:
-        logger.warning(
-            f"`{name}_dataset`: after an answer the chat template writes {end!r}, but a solution is taught to end with "
-            f"the tokenizer's `eos_token`, {tokenizer.eos_token!r}. Set `tokenizer.eos_token` to the token that your "
-            "model ends its answers with."
-        )
-
-
-def _check_columns_are_used(dataset: Dataset, row_format: str, duplicate_weights: str, name: str) -> None:
-    """Say so when a column that the user counts on is missing, or is there and not used."""
-    columns = set(dataset.column_names)
-    if row_format == "state" and duplicate_weights == "counts" and "counts" not in columns:
-        raise ValueError(
-            f'`duplicate_weights="counts"` needs a column `counts`, which `{name}_dataset` has not. Add it, or '
-            'use `duplicate_weights="uniform"`.'
-        )
-    if row_format == "solution" and "advantages" in columns:
-        raise ValueError(
-            f"`{name}_dataset` has solution rows with a column `advantages`, which are not used: a step's advantage is "
-            "the difference of its `values`. Remove the column, or give state rows."
-        )
-    if "critic_values" in columns and "advantages" not in columns:
-        logger.warning(
-            f"`{name}_dataset` has a column `critic_values`, but advantages are computed from `values`. To train on "
-            'what the critic says, pass `add_advantages(dataset, "critic_values")`; of solution rows, rename it.'
-        )
-
-
-def _refuse_without_reliabilities(dataset: Dataset, row_format: str, name: str, min_reliability: float) -> None:
-    """Refuse rows that do not say how far their advantages can be relied on."""
-    option = f"min_reliability={min_reliability}" if min_reliability > 0 else "reliability_weights=True"
-    if row_format != "state":
-        raise ValueError(
-            f"`{option}` is about the candidates of states, but `{name}_dataset` has the {row_format} format. Give "
-            "state rows, or leave the option out."
-        )
-    if "reliabilities" not in dataset.column_names:
-        raise ValueError(
-            f"`{option}` needs a column `reliabilities`, which `{name}_dataset` has not. "
-            '`add_advantages(dataset, "values", errors="value_errors")` writes it, with standard errors of the values '
-            "from `dapo_trl.shrinkage`; or leave the option out."
-        )
-    rows = dataset["reliabilities"]
-    if None in rows:
-        raise ValueError(
-            f"Row {rows.index(None)} of `{name}_dataset` has no `reliabilities`, which `{option}` needs. Fill them in, "
-            "or drop the row."
-        )
 
 
 def _tokenize(

@@ -23,6 +23,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from dapo_trl.cards import CRITIC_TAGS, CRITIC_TEMPLATE, PAPER
 from dapo_trl.collators import DataCollatorForStepCritic
+from dapo_trl.dataset_checks import check_fingerprint
 from dapo_trl.diagnostics import TOLD_APART, critic_metrics, sibling_ranking
 from dapo_trl.formats import check_dataset
 from dapo_trl.loading import check_critic, load_critic, load_tokenizer
@@ -34,7 +35,7 @@ from dapo_trl.modeling import (
     set_padding,
     warn_of_low_precision,
 )
-from dapo_trl.preprocessing import check_fingerprint, prepare_critic_dataset
+from dapo_trl.preprocessing import prepare_critic_dataset
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_trainer import _StepTrainer, default_output_dir
 from dapo_trl.tokenized_rows import prompt_key, row_length, tokenize_row

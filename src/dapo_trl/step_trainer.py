@@ -23,10 +23,10 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from dapo_trl.cards import CardContents, hub_dataset, save_model_card
 from dapo_trl.collators import split_rows
+from dapo_trl.dataset_checks import check_rows_fit_model
 from dapo_trl.layouts import _LayoutMixin
 from dapo_trl.metrics import RatioMetrics, gather_uneven
 from dapo_trl.modeling import transformers_model
-from dapo_trl.preprocessing import check_rows_fit_model
 from dapo_trl.samplers import FilledSampler, PromptGroupSampler, group_rows
 
 
