@@ -139,8 +139,8 @@ def _evaluation_counts(accuracies: list[Accuracy]) -> list[tuple[str, list[tuple
 def _browser(environment: Environment, iterations: list[Iteration], number: int) -> dict[str, Any]:
     """Problems as HTML, as many as were asked for and fit; of several iterations equally many each."""
     parts = [part for part in iterations if problem_ids(part)]
-    share = -(-number // len(parts)) if parts else 0
-    problems = [problem for part in parts for problem in read_problems(part, share)]
+    shares = [len(range(place, number, len(parts))) for place in range(len(parts))]
+    problems = [problem for part, share in zip(parts, shares, strict=True) for problem in read_problems(part, share)]
     draw = environment.get_template("report_problem.html").module.problem  # type: ignore[attr-defined]
     drawn = [(problem, draw(problem)) for problem in problems]
     size = sum(len(html) for _, html in drawn)

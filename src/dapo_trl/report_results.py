@@ -34,7 +34,7 @@ _CURVES = {
     "Loss": {"loss": "training", "eval_loss": "held-out problems"},
     "Skill on held-out problems": {"eval_skill": "skill"},
     "Accuracy on held-out problems": {"eval_accuracy/greedy": "greedy", "eval_accuracy/mean_at_k": "mean@k"},
-    "Steps with the sign of their advantage": {"sign_accuracy": "training", "eval_sign_accuracy": "held-out"},
+    "Steps with the right sign": {"sign_accuracy": "training", "eval_sign_accuracy": "held-out"},
     "Log-ratio of steps, nats": {"log_ratios/positive": "advantage > 0", "log_ratios/negative": "advantage < 0"},
     "Share of the target reached": {"target_reached": "training", "eval_target_reached": "held-out"},
     "Drift from the reference, nats a step": {"kl": "training", "eval_kl": "held-out"},
@@ -209,10 +209,10 @@ def critics_of(iterations: list[Iteration]) -> list[Critic]:
 
 def _critic(part: Iteration) -> Critic:
     data = part.folder / "data"
-    solutions = _scored(data / "solutions_critic.parquet", "completions", "reward")
-    held_out = held_out_problems(row["problem_id"] for row in solutions)
-    unseen = [row for row in solutions if row["problem_id"] in held_out]
-    states = [row for row in _scored(data / "states_critic.parquet", "counts") if row["problem_id"] in held_out]
+    path = data / "solutions_critic.parquet"
+    held_out = held_out_problems(_column(path, "problem_id").to_pylist())
+    unseen = _scored(path, held_out, "completions", "reward")
+    states = _scored(data / "states_critic.parquet", held_out, "counts")
     try:
         found = diagnose(unseen, states)
     except ValueError as error:  # too few problems, which does not stop a report
@@ -228,8 +228,9 @@ def _critic(part: Iteration) -> Critic:
     return Critic(part, "", found, measures, figures)
 
 
-def _scored(path: Path, *columns: str) -> list[dict[str, Any]]:
-    return read_parquet(path, table_cure(path), columns=[*_SCORED, *columns]).to_pylist()
+def _scored(path: Path, problems: set[str], *columns: str) -> list[dict[str, Any]]:
+    filters = [("problem_id", "in", problems)] if problems else None
+    return read_parquet(path, table_cure(path), columns=[*_SCORED, *columns], filters=filters).to_pylist()
 
 
 def _distances(found: Diagnosis) -> Figure:
@@ -256,17 +257,19 @@ def advantage_figures(part: Iteration) -> list[Figure]:
         `list[Figure]`: of each source, advantages of next steps, and what is at stake in each state.
     """
     figures = []
+    is_shrunk = (part.folder / "data" / "states_shrinkage.parquet").exists()
     for source in POLICIES.values():
         path = part.folder / "data" / f"states_{source}.parquet"
+        name = f"{VALUES[source]} values" + (", not trained on" if is_shrunk and source == "critic" else "")
         if path.exists():
             column = _column(path, "advantages")
             advantages = np.asarray(column.flatten(), dtype=np.float64)
             if len(advantages):
                 starts = np.asarray(column.offsets)[:-1] - column.offsets[0].as_py()
                 gaps = np.maximum.reduceat(advantages, starts) - np.minimum.reduceat(advantages, starts)
-                title = f"Advantages of {len(advantages):,} steps, {VALUES[source]} values"
+                title = f"Advantages of {len(advantages):,} steps, {name}"
                 figures.append(histogram_figure(title, advantages, -1, 1, source, "advantage of a step"))
-                title = f"Gap of {len(gaps):,} states, {VALUES[source]} values"
+                title = f"Gap of {len(gaps):,} states, {name}"
                 figures.append(histogram_figure(title, gaps, 0, 1, source, "largest − smallest advantage"))
     return figures
 

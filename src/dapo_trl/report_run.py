@@ -127,7 +127,7 @@ def settings_of(folder: Path, iterations: list[Iteration]) -> tuple[dict[str, An
     for part in iterations[:1]:
         for stage in _STAGES:
             if (path := part.folder / stage / "manifest.json").exists():
-                found |= flat(read_json(path, ["config"], AGAIN)["config"].get("rollouts", {}))
+                found |= flat(read_json(path, ["config"], _cure(path))["config"].get("rollouts", {}))
         for name in ("critic", *POLICIES):
             for path in (part.folder / name / "begun.json", part.folder / name / "stage.json"):
                 if path.exists():
@@ -180,7 +180,7 @@ def versions_of(folder: Path, iterations: list[Iteration]) -> dict[str, str]:
     found: dict[str, dict[str, None]] = {}
     for path in [folder / "before.json", *_records(iterations)]:
         if path.exists():
-            for name, version in read_json(path, ["config"], AGAIN).get("versions", {}).items():
+            for name, version in read_json(path, ["config"], _cure(path)).get("versions", {}).items():
                 found.setdefault(name, {})[version] = None
     return {name: ", ".join(versions) for name, versions in found.items()}
 
@@ -189,6 +189,10 @@ def _records(iterations: list[Iteration]) -> Iterator[Path]:
     for part in iterations:
         for pattern in ("*/manifest.json", "*/stage.json", "data/scored.json", "policy*/accuracy.json"):
             yield from sorted(part.folder.glob(pattern))
+
+
+def _cure(path: Path) -> str:
+    return "Delete it, and go on with the settings of this folder" if path.name == "manifest.json" else AGAIN
 
 
 def generator_of(iterations: list[Iteration]) -> str:
@@ -248,7 +252,8 @@ def stages_of(folder: Path, iterations: list[Iteration]) -> list[dict[str, Any]]
     for name, row in stage_times(folder, [part.folder for part in iterations]).items():
         state = "done"
         if (folder / name / "manifest.json").exists():
-            manifest = read_json(folder / name / "manifest.json", ["num_shards"], AGAIN)
+            path = folder / name / "manifest.json"
+            manifest = read_json(path, ["num_shards"], _cure(path))
             if "counts" not in manifest:
                 done = len(list((folder / name / "shards").glob("[0-9]*.json")))
                 state = f"under way: {done} of {manifest['num_shards']} shards"
@@ -300,7 +305,7 @@ def stage_counts(folder: Path) -> dict[str, int]:
     Returns:
         `dict[str, int]`.
     """
-    manifest = read_json(folder / "manifest.json", ["config"], "Delete it, and go on with the settings of this folder")
+    manifest = read_json(folder / "manifest.json", ["config"], _cure(folder / "manifest.json"))
     if "counts" in manifest:
         return {f"rows, {name}": number for name, number in manifest.get("rows", {}).items()} | manifest["counts"]
     total: Counter[str] = Counter()

@@ -241,7 +241,8 @@ def print_next(folder: Path) -> None:
     """
     if not PartialState().is_main_process:
         return
-    lines = [f"The states of a problem, with their values: dapo-trl inspect {folder}"]
+    lines = [f"All of it as one HTML file: dapo-trl report {folder}"]
+    lines += [f"The states of a problem, with their values: dapo-trl inspect {folder}"]
     if (folder / "values.png").exists():
         lines.append(f"Values along some solutions: {folder / 'values.png'}")
     for line in lines:
