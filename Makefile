@@ -3,7 +3,7 @@
 #   make test            the default tests
 #   make test-min        the same with the oldest supported versions of trl, transformers, accelerate, datasets and peft
 #   make check           lint, format, types, spelling
-#   make bench           the measurements behind the README's tables, two hours
+#   make bench           the measurements behind the README's tables, half a day
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
@@ -41,6 +41,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/values.py
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/estimators.py
+	$(BIN)/python benchmarks/ablations.py
 	$(BIN)/python benchmarks/iterations.py
 	$(BIN)/python benchmarks/kill.py
 	$(BIN)/python benchmarks/servers.py

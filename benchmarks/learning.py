@@ -10,7 +10,7 @@ trained on: greedily, and 8 samples a problem at temperature 1. Intervals are St
 paired: of the same seed.
 
 A benchmark that was killed goes on where it was. Writes `benchmarks/results/learning.json`, the tables in
-`benchmarks/README.md` and the figure of `docs/learning.md`.
+`benchmarks/README.md` and `README.md`, and `docs/images/learning.png`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from learning_jobs import NUM_TEST, NUM_VALIDATION, TASKS, Job, K, data_of, run_jobs
-from learning_report import details, draw, table
+from learning_report import details, draw, short, table
 from recording import REPOSITORY, machine, versions, write_between
 
 
@@ -111,6 +111,7 @@ def main() -> None:
         print(table(record["tasks"][task]))
         path.write_text(json.dumps(record, indent=2) + "\n")
     write_between(REPOSITORY / "benchmarks" / "README.md", "learning", details(record))
+    write_between(REPOSITORY / "README.md", "learning table", short(record))
     draw(record, REPOSITORY / "docs" / "images" / "learning.png")
 
 

@@ -105,6 +105,18 @@ def details(record: dict[str, Any]) -> str:
     return text.rstrip()
 
 
+def short(record: dict[str, Any]) -> str:
+    """Accuracies of all tasks in one table, and who is ahead."""
+    tasks = record["tasks"]
+    titles = [f"{name.replace('_', ' ')}: {metric}" for name in tasks for metric in METRICS]
+    lines = [f"| method | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for method in next(iter(tasks.values()))["results"]:
+        cells = [spread(scores(task, method, metric)) for task in tasks.values() for metric in METRICS]
+        lines.append(f"| {TITLES[method]} | {' | '.join(cells)} |")
+    verdicts = [f"{name.replace('_', ' ').capitalize()}, {verdict(task)}" for name, task in tasks.items()]
+    return "\n".join([*lines, "", " ".join(verdicts)])
+
+
 def draw(record: dict[str, Any], path: Path) -> None:
     """A line a method: accuracy of one sample and of greedy decoding, with intervals."""
     tasks = record["tasks"]
