@@ -171,6 +171,7 @@ def save(task, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, outp
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(output_dir)
+    tokenizer.backend_tokenizer.no_padding()  # batches of training were padded; who loads it decides for himself
     tokenizer.save_pretrained(output_dir)
 
 
