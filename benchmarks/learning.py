@@ -3,11 +3,11 @@ Is this better than what people do today? The same student, problems and number 
 
     python benchmarks/learning.py [--tasks arithmetic word_problems] [--seeds 0 1 2 3 4] [--output_dir runs/learning]
 
-Every method has the same grid of learning rates and, after it, two further values of one other setting (`GRID`,
-`SECOND`), chosen on validation problems with the data of one seed that is not reported. Then each seed has problems,
-samples, critic and training of its own, and is evaluated on the same 1,024 test problems, none of which anything was
-trained on: greedily, and 8 samples a problem at temperature 1. Intervals are Student's t over seeds; differences are
-paired: of the same seed.
+Every method has the same grid of learning rates (`RATES`, and up to two more where the best is at an end of it) and,
+after it, further values of one other setting (`SECOND`), chosen on validation problems with the data of one seed that
+is not reported. Then each seed has problems, samples, critic and training of its own, and is evaluated on the same
+1,024 test problems, none of which anything was trained on: greedily, and 8 samples a problem at temperature 1.
+Intervals are Student's t over seeds; differences are paired: of the same seed.
 
 A benchmark that was killed goes on where it was. Writes `benchmarks/results/learning.json`, the tables in
 `benchmarks/README.md` and `README.md`, and `docs/images/learning.png`.
@@ -28,7 +28,8 @@ from recording import REPOSITORY, machine, versions, write_between
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEED = 100  # of the data with which settings are chosen
-RATES = (1e-4, 2.5e-4, 6e-4, 1.5e-3)
+RATES, FACTOR = (1e-4, 2.5e-4, 6e-4, 1.5e-3), 2.5
+MAX_EXTENSIONS = 2  # of the grid, where the best rate is at an end of it
 BETAS = {"beta": (0.03, 0.1, 0.3)}
 # After the learning rate, one more setting of each method; 0.1, one pass and one are what the rates were tried with.
 SECOND: dict[str, dict[str, tuple[float, ...]]] = {
@@ -46,9 +47,13 @@ TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "mon
 
 def tune(task: str, folder: Path, num_processes: int) -> dict[str, dict[str, Any]]:
     """Settings of each method, by the mean@8 of validation problems; with all that was tried."""
-    base = [Job(task, TUNING_SEED, method, "validation", {"learning_rate": RATES[0]}) for method in SECOND]
-    firsts = [[replace(job, settings={"learning_rate": rate}) for rate in RATES] for job in base]
+    base = [Job(task, TUNING_SEED, method, "validation") for method in SECOND]
+    firsts = [[_with_rate(job, rate) for rate in RATES] for job in base]
     run_jobs([job for group in firsts for job in group], folder, num_processes)
+    for _ in range(MAX_EXTENSIONS):
+        for group in firsts:
+            group += _beyond(group, folder)
+        run_jobs([job for group in firsts for job in group], folder, num_processes)
     seconds = []
     for group in firsts:
         best = _best(group, folder)["settings"]
@@ -64,6 +69,19 @@ def tune(task: str, folder: Path, num_processes: int) -> dict[str, dict[str, Any
         }
         for group, more in zip(firsts, seconds, strict=True)
     }
+
+
+def _with_rate(job: Job, rate: float) -> Job:
+    return replace(job, settings={"learning_rate": float(f"{rate:.2g}")})
+
+
+def _beyond(group: list[Job], folder: Path) -> list[Job]:
+    """The next learning rate, where the best one is at an end of those that were tried."""
+    rates = sorted(job.settings["learning_rate"] for job in group)
+    best = _best(group, folder)["settings"]["learning_rate"]
+    if best == rates[0]:
+        return [_with_rate(group[0], best / FACTOR)]
+    return [_with_rate(group[0], best * FACTOR)] if best == rates[-1] else []
 
 
 def _best(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
