@@ -259,6 +259,7 @@ def test_recipe_publishes_models(tmp_path, uploads, monkeypatch):
         num_completions=4,
         max_new_tokens=64,
         values="both",
+        allow_unfit_critic=True,
         eval_k=2,
         critic={"max_steps": 1, "bf16": False},
         policy={"max_steps": 1, "beta": 0.1},

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from dapo_trl.calibration import draw_calibration
 from dapo_trl.cli import main
-from dapo_trl.diagnosis import diagnose
+from dapo_trl.diagnosis import MIN_SKILL, diagnose
 
 
 def world(critic, seed=0, num_problems=60, rollouts=16, num_steps=4):
@@ -73,6 +74,7 @@ def test_perfect():
     assert found.measures["calibration_error"].mean < 0.05
     assert found.measures["rank_correlation"].mean > 0.9
     assert found.measures["sibling_ranking"].mean > 0.95
+    assert found.measures["advantage_correlation"].mean > 0.9
     assert found.measures["sign_accuracy"].mean > 0.95
     assert found.measures["terminal_bias"].mean == 0
     assert list(found.skill_by_distance) == ["1", "2", "3", "4-5"]
@@ -106,14 +108,60 @@ def test_depth_alone():
     found = diagnose(solutions, num_resamples=100)
     assert found.measures["skill"].low > 0.4
     assert found.measures["depth_skill"].mean == pytest.approx(0, abs=0.02)
-    assert found.verdict.startswith("The critic knows how far along a solution is, and little more.")
+    assert found.verdict == "The critic knows how far along a solution is, and little more: do not use it."
+    assert not found.is_fit
     assert "sibling_ranking" not in found.measures
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_problems_alone(seed, noise):
+    """
+    A critic that tells easy problems from hard ones has skill; to next steps it gives the same value, or any: refused.
+    """
+    rng = np.random.default_rng(seed)
+    solutions, states = [], []
+    for problem in range(60):
+        identity, level = {"problem_id": str(problem)}, rng.uniform(0.1, 0.9)
+
+        def rows(truth, ends, level=level):
+            k = [*rng.binomial(16, truth).tolist(), *ends]
+            values = 1 / (1 + np.exp(-np.log(level / (1 - level)) - noise * rng.normal(size=len(k))))
+            return {"mc_successes": k, "mc_rollouts": [16] * len(truth) + [1] * len(ends), "critic_values": values}
+
+        truth = np.clip(level + rng.uniform(-0.2, 0.2, 4), 0, 1)
+        solutions.append(identity | rows(truth, [1.0]) | {"completions": ["a", "b", "c", "d"], "reward": 1.0})
+        for _ in range(2):
+            states.append(identity | rows(np.clip(level + rng.uniform(-0.4, 0.4, 3), 0, 1), []) | {"counts": [2, 1, 1]})
+    found = diagnose(solutions, states, num_resamples=200)
+    assert found.has_skill
+    assert found.measures["skill"].low > MIN_SKILL
+    assert not found.is_fit
+    assert "does not tell the next steps of a state apart" in found.verdict
+
+
+def test_overconfident():
+    """In the right order, but far off: refused, and told what is right about it."""
+    found = measured(lambda value, depth, rng: float(0.999 if value > 0.4 else 0.001))
+    assert found.measures["skill"].mean < 0
+    assert not found.is_fit
+    assert "Its values are far off on average, though they order next steps better than chance." in found.verdict
+
+
+def test_nothing_to_know():
+    solutions, states = world(perfect, num_problems=4)
+    for row in (*solutions, *states):
+        row["mc_successes"] = [float(n) for n in row["mc_rollouts"]]
+    found = diagnose(solutions, states, num_resamples=20)
+    assert not found.is_fit
+    assert found.verdict.startswith("All outcomes are alike")
 
 
 def test_ties_of_a_constant():
     found = measured(constant)
     for name in ("sibling_ranking", "sign_accuracy"):
         assert found.measures[name].mean == found.measures[name].low == found.measures[name].high == 0.5
+    assert found.measures["advantage_correlation"].mean == found.measures["advantage_correlation"].high == 0
     assert "rank_correlation" not in found.measures
 
 
@@ -135,6 +183,52 @@ def test_rank_correlation_is_spearmans():
     ranks = [[(x < y).sum() + (x == y).sum() / 2 for y in x] for x in columns]
     expected = np.corrcoef(ranks)[0, 1]
     assert diagnose(solutions, num_resamples=2).measures["rank_correlation"].mean == pytest.approx(expected)
+
+
+def test_advantage_correlation_by_hand():
+    """
+    Advantages of the outcomes weigh rollouts: the mean of 1/1 and 0/3 is 1/4, so they are 3/4 and -1/4; the critic's
+    mean is 0.6 * 1/4 + 0.2 * 3/4 = 0.3, so its are 0.3 and -0.1: proportional. Of the second state they are 1/2 and
+    -1/2 (twice, of 2/2 and 0/2), and -0.1 and 0.1. Sums over candidates of n times: products 1 * 0.225 + 3 * 0.025 -
+    4 * 0.05 = 0.1; outcomes 0.75 + 1 = 1.75; critic 0.12 + 0.04 = 0.16. The known reward of a third is left out.
+    """
+    solutions, _ = world(perfect, num_problems=2)
+    first = {"mc_successes": [1.0, 0.0, 9.0], "mc_rollouts": [1, 3, 9], "critic_values": [0.6, 0.2, 0.0]}
+    second = {"mc_successes": [2.0, 0.0], "mc_rollouts": [2, 2], "critic_values": [0.4, 0.6], "counts": [1, 1]}
+    first |= {"problem_id": "p0", "counts": [1, 1, 1], "rewards": [None, None, 1.0]}
+    states = [first, second | {"problem_id": "p1"}]
+    found = diagnose(solutions, states, num_resamples=2).measures["advantage_correlation"].mean
+    assert found == pytest.approx(0.1 / (1.75 * 0.16) ** 0.5)
+
+
+def test_pairs_by_difference():
+    """Every pair is in one bin; those 0.3 apart are the last two."""
+    found = measured(noisy)
+    pairs = found.pairs_by_difference
+    assert list(pairs) == ["0-0.1", "0.1-0.2", "0.2-0.3", "0.3-0.5", "0.5-1"]
+    assert 0 < pairs["0.5-1"] < pairs["0.3-0.5"] + pairs["0.5-1"] == found.num_pairs
+    ranking = found.ranking_by_difference
+    weighed = sum(ranking[name].mean * pairs[name] for name in ("0.3-0.5", "0.5-1")) / found.num_pairs
+    assert weighed == pytest.approx(found.measures["sibling_ranking"].mean)
+    assert ranking["0-0.1"].mean < ranking["0.5-1"].mean
+
+
+def test_calibration():
+    """Of a perfect critic the intervals hold its values; every state is in one bin."""
+    found = measured(perfect, num_problems=200)
+    assert sum(part.num_states for part in found.calibration) == found.num_states
+    values = [part.value for part in found.calibration]
+    assert values == sorted(values)
+    missed = [part for part in found.calibration if not part.outcome.low <= part.value <= part.outcome.high]
+    assert len(missed) <= 2
+
+
+def test_the_figure_stops_nothing(tmp_path, caplog):
+    bins = measured(noisy).calibration
+    draw_calibration(bins, tmp_path / "calibration.png")
+    assert (tmp_path / "calibration.png").stat().st_size > 5_000
+    draw_calibration(bins, tmp_path / "nowhere" / "calibration.png")
+    assert "calibration.png could not be drawn: FileNotFoundError" in caplog.text
 
 
 def test_intervals_cover():
@@ -185,10 +279,12 @@ def test_of_a_run(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "Critic on 140 states of 20 held-out problems" in text
     assert "The critic knows something about problems that it has not seen." in " ".join(text.split())
+    assert "pairs" in text
     record = json.loads((tmp_path / "data" / "diagnosis.json").read_text())
     unseen = [[row for row in rows if int(row["problem_id"][1:]) % 10 == 0] for rows in (solutions, states)]
     assert record["measures"]["skill"]["mean"] == diagnose(*unseen).measures["skill"].mean
     assert record["is_fit"]
+    assert (tmp_path / "calibration.png").exists()
 
 
 def test_a_run_without_a_critic(tmp_path, capsys):

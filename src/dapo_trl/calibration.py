@@ -1,121 +1,53 @@
 """
-How far values can be taken at their word: mean outcomes by predicted value, with 95% intervals by bootstrap over
-problems.
-
-S states, P problems, B bins.
+The figure of a critic's calibration: mean outcomes by value.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import logging
+from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
-
-from dapo_trl.intervals import Estimate
+from dapo_trl.diagnosis import CalibrationBin
 
 
-@dataclass(frozen=True)
-class Bin:
+logger = logging.getLogger(__name__)
+
+
+def draw_calibration(bins: Sequence[CalibrationBin], path: Path) -> None:
     """
-    States with about the same predicted value.
-
-    Attributes:
-        value (`float`):
-            Mean predicted value; each completion counts the same.
-        outcome ([`Estimate`]):
-            Mean outcome of their completions.
-        num_problems (`int`), num_states (`int`), num_rollouts (`int`):
-            Problems, their states, and completions behind these. Of few problems, the interval says nothing.
-    """
-
-    value: float
-    outcome: Estimate
-    num_problems: int
-    num_states: int
-    num_rollouts: int
-
-
-def reliability(
-    solutions: Iterable[Mapping[str, Any]], num_bins: int = 10, num_resamples: int = 1000, seed: int = 0
-) -> list[Bin]:
-    """
-    Mean outcome of the states that a critic gives about the same value.
+    Draw mean outcomes by value, with 95% intervals; of a calibrated critic they lie on the diagonal. Nothing depends on
+    the figure: what fails is a warning.
 
     Args:
-        solutions (iterable of `dict`):
-            Solution rows with `problem_id`, `completions`, `mc_successes`, `mc_rollouts` and `critic_values`. A state
-            that several of them share counts once; ends of solutions do not count.
-        num_bins (`int`, *optional*, defaults to `10`):
-            Bins of equal width.
-        num_resamples (`int`, *optional*, defaults to `1000`):
-            Bootstrap resamples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-
-    Returns:
-        `list[Bin]`: without empty bins. The mean distance of `value` and `outcome`, weighted by `num_rollouts`, is the
-        expected calibration error.
-
-    Example:
-
-    ```python
-    >>> from dapo_trl.calibration import reliability
-
-    >>> row = {"problem_id": "1", "completions": ["a", "b"], "critic_values": [0.5, 0.9, 1.0]}
-    >>> rows = [row | {"mc_successes": [2.0, 4.0, 1.0], "mc_rollouts": [4, 4, 1]}]
-    >>> [(bin.value, bin.outcome.mean, bin.num_rollouts) for bin in reliability(rows)]
-    [(0.5, 0.5, 4), (0.9, 1.0, 4)]
-
-    ```
+        bins (sequence of [`~dapo_trl.diagnosis.CalibrationBin`]):
+            See [`~dapo_trl.diagnosis.Diagnosis`].
+        path (`Path`):
+            Picture to write.
     """
-    states = _different_states(solutions)
-    if not states:
-        return []
-    table = np.array(states, dtype=np.float64)
-    problems, k_S, n_S, v_S = table[:, 0].astype(int), table[:, 1], table[:, 2], table[:, 3]
-    bins = np.minimum((v_S * num_bins).astype(int), num_bins - 1)
-    shape = (problems.max() + 1, num_bins)
-    k_PB, n_PB = (_sums(problems, bins, weights, shape) for weights in (k_S, n_S))
-    draws = _redraw(k_PB, n_PB, num_resamples, seed)
-    return [
-        Bin(
-            value=float(np.average(v_S[bins == number], weights=n_S[bins == number])),
-            outcome=_estimate(k_PB[:, number].sum() / n_PB[:, number].sum(), draws[:, number]),
-            num_problems=len(set(problems[bins == number])),
-            num_states=int((bins == number).sum()),
-            num_rollouts=int(n_PB[:, number].sum()),
-        )
-        for number in np.unique(bins)
+    try:
+        _draw(bins, path)
+    except Exception as error:
+        logger.warning(f"The figure {path} could not be drawn: {type(error).__name__}: {error}")
+
+
+def _draw(bins: Sequence[CalibrationBin], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    values = [part.value for part in bins]
+    outcomes = [part.outcome.mean for part in bins]
+    figure = Figure(figsize=(5, 6.2), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    above.plot([0, 1], [0, 1], color="#bbbbbb", zorder=0, label="calibrated")
+    # the ends of an interval may, by rounding, lie on the wrong side of its mean
+    errors = [
+        [max(part.outcome.mean - part.outcome.low, 0.0) for part in bins],
+        [max(part.outcome.high - part.outcome.mean, 0.0) for part in bins],
     ]
-
-
-def _different_states(solutions: Iterable[Mapping[str, Any]]) -> list[tuple[float, ...]]:
-    """Number of the problem, successes, rollouts and value of each state that has completions."""
-    problems: dict[str, int] = {}
-    found: dict[tuple[str, ...], tuple[float, ...]] = {}
-    for row in solutions:
-        problem = problems.setdefault(row["problem_id"], len(problems))
-        counted = zip(row["mc_successes"], row["mc_rollouts"], row["critic_values"], strict=True)
-        for depth, cells in zip(range(len(row["completions"])), counted, strict=False):
-            if cells[1] > 0:
-                found.setdefault((row["problem_id"], *row["completions"][:depth]), (problem, *cells))
-    return list(found.values())
-
-
-def _sums(problems: np.ndarray, bins: np.ndarray, weights: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    return np.bincount(problems * shape[1] + bins, weights, minlength=shape[0] * shape[1]).reshape(shape)
-
-
-def _redraw(k_PB: np.ndarray, n_PB: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Mean outcomes of each bin, each time of other problems; NaN where none of them has a state there."""
-    num_problems = len(k_PB)
-    rng = np.random.default_rng(seed)
-    weights_RP = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), num_resamples)
-    with np.errstate(invalid="ignore"):
-        return (weights_RP @ k_PB) / (weights_RP @ n_PB)
-
-
-def _estimate(mean: float, draws: Sequence[float] | np.ndarray) -> Estimate:
-    finite = np.asarray(draws)[np.isfinite(draws)]
-    low, high = np.quantile(finite, [0.025, 0.975]) if finite.size else (mean, mean)
-    return Estimate(float(mean), float(low), float(high))
+    above.errorbar(values, outcomes, errors, color="#4477aa", marker="o", linestyle="-", capsize=3, label="critic")
+    above.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), ylabel="share of completions that end correct, 95% interval")
+    above.set_title("Calibration on held-out problems")
+    above.legend(fontsize=9)
+    below.bar(values, [part.num_states for part in bins], width=0.06, color="#4477aa")
+    below.set(xlabel="value by the critic", ylabel="states")
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -28,7 +28,8 @@ COMMANDS = {
     "advantages": "... and state rows with advantages, ready to train on",
     "train": "... and the policy, evaluated before and after",
     "eval": "accuracy of `model_name_or_path`, or of any model given by that name, on the test problems",
-    "diagnose": "what the critic of a run knows about problems that it was not trained on, and whether to use it",
+    "diagnose": "what the critic of a run (its folder, or its recipe) knows about problems that it was not trained on; "
+    "of a recipe, --num_completions N measures it against N fresh completions of every state",
     "processbench": "how often a critic finds the first wrong step of others' solutions, those of ProcessBench",
     "inspect": "the states of one problem of a run in the terminal, steps coloured by value",
     "report": "a run as one HTML file: accuracies, critic, training, what was left out, solutions by value",
@@ -281,12 +282,42 @@ def _inspect(arguments: list[str]) -> None:
 
 
 def _diagnose(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dapo-trl diagnose", description=COMMANDS["diagnose"])
-    parser.add_argument("folder", help="Folder of a run.")
-    options = parser.parse_args(arguments)
+    usage = "dapo-trl diagnose RUN\n       dapo-trl diagnose recipe.yaml [--num_completions N] [--name value ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=COMMANDS["diagnose"], allow_abbrev=False)
+    parser.add_argument("run", help="Folder of a run, or its recipe.")
+    parser.add_argument("--num_completions", type=int, help="Fresh completions of every state, such as 64.")
+    parser.add_argument("--max_problems", type=int, help="Held-out problems that get them; all by default.")
+    options, rest = parser.parse_known_args(arguments)
+    for name in ("num_completions", "max_problems"):
+        if (value := getattr(options, name)) is not None and value < 2:
+            raise UsageError(f"`--{name}` must be at least 2, got {value}.")
+    if options.max_problems is not None and options.num_completions is None:
+        raise UsageError("`--max_problems` is about fresh completions: give `--num_completions` too, or neither.")
+    _diagnose_one(options.run, options.num_completions, options.max_problems, rest)
+
+
+def _diagnose_one(run: str, num_completions: int | None, max_problems: int | None, rest: list[str]) -> None:
+    """Of a folder as it is; of a recipe, which knows the model, with fresh completions if that is asked for."""
+    if Path(run).is_dir():
+        if num_completions is not None:
+            raise UsageError(
+                "Fresh completions come from the model of the run, which its recipe names: dapo-trl diagnose "
+                f"recipe.yaml --output_dir {run} --num_completions {num_completions}"
+            )
+        _refuse_unknown(rest, [])
+        folder = Path(run)
+    else:
+        settings, model_config = parse_recipe(run, rest)
+        folder = Path(settings.output_dir)
     from dapo_trl.diagnosing import diagnose_run, print_diagnosis
 
-    print_diagnosis(diagnose_run(Path(options.folder)))
+    if num_completions is None:
+        print_diagnosis(diagnose_run(folder))
+        return
+    from dapo_trl.fresh_diagnosis import diagnose_afresh
+    from dapo_trl.recipe import Recipe
+
+    print_diagnosis(diagnose_afresh(Recipe(settings, model_config), num_completions, max_problems))
 
 
 def _processbench(arguments: list[str]) -> None:

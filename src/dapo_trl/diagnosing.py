@@ -1,18 +1,22 @@
 """
-`dapo-trl diagnose`: the critic of a run, measured on the problems that it was not trained on.
+The critic of a run, measured on the problems that it was not trained on: `dapo-trl score` and `dapo-trl diagnose`.
 """
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from dapo_trl.diagnosis import Diagnosis, diagnose
-from dapo_trl.files import numbered_folders, read_parquet, write_atomically
+from dapo_trl.calibration import draw_calibration
+from dapo_trl.diagnosis import Diagnosis, TooFewProblemsError, diagnose
+from dapo_trl.files import dump_json, numbered_folders, read_json, read_parquet, write_atomically
 from dapo_trl.run_folder import held_out_problems
 
+
+Row = dict[str, Any]
 
 MEASURES = {
     "skill": "skill: 1 - BCE / BCE of the best constant",
@@ -20,16 +24,70 @@ MEASURES = {
     "brier_skill": "1 - Brier score / that of the best constant",
     "calibration_error": "calibration error",
     "rank_correlation": "rank correlation with the mean outcomes",
+    "advantage_correlation": "correlation of advantages with those of the mean outcomes",
     "sibling_ranking": "next steps ordered as their mean outcomes (0.3 apart)",
+    "clear_ranking": "the same, two standard errors apart",
     "sign_accuracy": "advantages with the sign of their mean outcomes",
     "terminal_bias": "value minus reward of finished solutions",
 }
 _COLUMNS = ("problem_id", "mc_successes", "mc_rollouts", "critic_values")
+_RECORD = ("scored", "is_fit", "verdict", "measures")
+_CURE = "Delete it to measure the critic again"
+
+
+def scored_folder(folder: Path) -> Path:
+    """
+    Where the values of a run's critic are.
+
+    Args:
+        folder (`Path`):
+            Folder of a run, or of one of its iterations. Of a run with several, the last that has a critic's values.
+
+    Returns:
+        `Path`: its folder `data`.
+
+    Raises:
+        ValueError: if the run has no critic's values yet.
+    """
+    places = [folder, *(path for _, path in numbered_folders(folder, "iteration"))]
+    scored = [path / "data" for path in places if (path / "data" / "solutions_critic.parquet").exists()]
+    if not scored:
+        raise ValueError(f"{folder} has no values by a critic. Run `dapo-trl score` with its recipe first.")
+    return scored[-1]
+
+
+def held_out_rows(data: Path, extra: tuple[str, ...] = ()) -> tuple[list[Row], list[Row]]:
+    """
+    The scored rows of problems that the critic was not trained on.
+
+    Args:
+        data (`Path`):
+            Folder of the scored rows.
+        extra (`tuple[str, ...]`, *optional*):
+            More columns of both tables.
+
+    Returns:
+        `tuple[list[dict], list[dict]]`: solution rows and state rows, with what [`~dapo_trl.diagnosis.diagnose`] asks
+        for.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    cure = f"Delete {data / 'scored.json'} to score the rows again"
+    both = {"solutions": ("completions", "reward"), "states": ("counts",)}
+    tables = []
+    for name, columns in both.items():
+        table = read_parquet(data / f"{name}_critic.parquet", cure)
+        optional = [column for column in ("rewards", *extra) if column in table.column_names]
+        tables.append(table.select([*_COLUMNS, *columns, *optional]).to_pylist())
+    held_out = held_out_problems(row["problem_id"] for row in tables[0])
+    solutions, states = ([row for row in rows if row["problem_id"] in held_out] for rows in tables)
+    return solutions, states
 
 
 def diagnose_run(folder: Path) -> Diagnosis:
     """
-    Measure the critic of a run, and keep the result in `diagnosis.json` beside its values.
+    Measure the critic of a run, and keep the result in `diagnosis.json` beside its values and in `calibration.png`.
 
     Args:
         folder (`Path`):
@@ -41,22 +99,67 @@ def diagnose_run(folder: Path) -> Diagnosis:
     Raises:
         ValueError: if the run has no critic's values yet, a file is damaged, or there are too few problems.
     """
-    places = [folder, *(path for _, path in numbered_folders(folder, "iteration"))]
-    scored = [path / "data" for path in places if (path / "data" / "solutions_critic.parquet").exists()]
-    if not scored:
-        raise ValueError(f"{folder} has no values by a critic. Run `dapo-trl score` with its recipe first.")
-    data = scored[-1]
-    cure = f"Delete {data / 'scored.json'} to score the rows again"
-    solutions = read_parquet(
-        data / "solutions_critic.parquet", cure, columns=[*_COLUMNS, "completions", "reward"]
-    ).to_pylist()
-    states = read_parquet(data / "states_critic.parquet", cure, columns=[*_COLUMNS, "counts"]).to_pylist()
-    held_out = held_out_problems(row["problem_id"] for row in solutions)
-    unseen = [[row for row in rows if row["problem_id"] in held_out] for rows in (solutions, states)]
-    found = diagnose(unseen[0], unseen[1])
-    record = asdict(found) | {"is_fit": found.is_fit, "verdict": found.verdict}
-    write_atomically(data / "diagnosis.json", json.dumps(record, indent=2) + "\n")
+    data = scored_folder(folder)
+    found = diagnose(*held_out_rows(data))
+    write_atomically(data / "diagnosis.json", dump_json(record(found) | {"scored": _scored(data)}))
+    draw_calibration(found.calibration, data.parent / "calibration.png")
     return found
+
+
+def diagnose_once(data: Path, is_main: bool = True) -> Row:
+    """
+    What [`diagnose_run`] keeps, measured anew only if the rows were scored anew.
+
+    Args:
+        data (`Path`):
+            Folder of the scored rows.
+        is_main (`bool`, *optional*, defaults to `True`):
+            Whether this process writes it.
+
+    Returns:
+        `dict`: fields of [`~dapo_trl.diagnosis.Diagnosis`], `is_fit` and `verdict`. A critic that cannot be measured,
+        because there are too few problems, is not fit: `measures` is empty, and the verdict says why.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    path, scored = data / "diagnosis.json", _scored(data)
+    if path.exists():
+        known = read_json(path, _RECORD, _CURE)
+        if known.pop("scored") == scored:
+            return known
+    solutions, states = held_out_rows(data)
+    try:
+        diagnosis = diagnose(solutions, states)
+    except TooFewProblemsError as error:
+        found: Row = {"is_fit": False, "verdict": f"The critic could not be measured. {error}", "measures": {}}
+    else:
+        found = record(diagnosis)
+        if is_main:
+            draw_calibration(diagnosis.calibration, data.parent / "calibration.png")
+    if is_main:
+        write_atomically(path, dump_json(found | {"scored": scored}))
+    return found
+
+
+def record(found: Diagnosis) -> Row:
+    """
+    A diagnosis as JSON values.
+
+    Args:
+        found ([`~dapo_trl.diagnosis.Diagnosis`]):
+            It.
+
+    Returns:
+        `dict`: its fields, `is_fit` and `verdict`.
+    """
+    return asdict(found) | {"is_fit": found.is_fit, "verdict": found.verdict}
+
+
+def _scored(data: Path) -> Any:
+    """Which rows these are."""
+    path = data / "scored.json"
+    return read_json(path, ["config"], "Delete it to score the rows again")["config"] if path.exists() else None
 
 
 def print_diagnosis(found: Diagnosis, console: Console | None = None) -> None:
@@ -71,11 +174,46 @@ def print_diagnosis(found: Diagnosis, console: Console | None = None) -> None:
     """
     console = console or Console()
     title = f"Critic on {found.num_states:,} states of {found.num_problems:,} held-out problems"
-    table = Table("measure", "with 95% interval", title=f"{title}, {found.num_rollouts:,} completions")
+    table = Table("measure", "with 95% interval", "pairs", title=f"{title}, {found.num_rollouts:,} completions")
+    pairs = {"sibling_ranking": found.num_pairs, "clear_ranking": found.num_clear_pairs}
     for name, text in MEASURES.items():
-        table.add_row(text, str(found.measures[name]) if name in found.measures else "cannot be measured")
+        number = f"{pairs[name]:,}" if name in pairs else ""
+        table.add_row(text, str(found.measures[name]) if name in found.measures else "cannot be measured", number)
+    for name, estimate in found.ranking_by_difference.items():
+        table.add_row(f"next steps ordered right, {name} apart", str(estimate), f"{found.pairs_by_difference[name]:,}")
     for distance, estimate in found.skill_by_distance.items():
         steps = "step" if distance == "1" else "steps"
-        table.add_row(f"skill {distance} {steps} from the end", str(estimate))
+        table.add_row(f"skill {distance} {steps} from the end", str(estimate), "")
     console.print(table)
     console.print(found.verdict, markup=False, highlight=False)
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    """
+    What decides whether a critic is fit, in one line.
+
+    Args:
+        found (`dict`):
+            What [`diagnose_once`] gave.
+
+    Returns:
+        `str`: without a full stop; empty if the critic could not be measured.
+    """
+    if not found["measures"]:
+        return ""
+    shown = {
+        "skill": "skill {}",
+        "advantage_correlation": "correlation of advantages with those of the mean outcomes {}",
+        "sibling_ranking": f"{{}} of {found['num_pairs']:,} pairs of next steps ordered right",
+    }
+    parts = [
+        text.format(_interval(found["measures"][name])) for name, text in shown.items() if name in found["measures"]
+    ]
+    return (
+        f"On {found['num_states']:,} states of {found['num_problems']:,} held-out problems, with 95% intervals: "
+        f"{', '.join(parts)}"
+    )
+
+
+def _interval(estimate: Mapping[str, float]) -> str:
+    return f"{estimate['mean']:.1%} [{estimate['low']:.1%}, {estimate['high']:.1%}]"

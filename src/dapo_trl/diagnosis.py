@@ -3,6 +3,10 @@ Is the critic any good? Its skill on problems that it was not trained on, with 9
 and a verdict in words.
 
 States of a problem are alike, so that problems are drawn anew, never states. S states, P problems, Q pairs of siblings.
+
+A critic is fit to train on if its skill is above 5% (`MIN_SKILL`), and its advantages go with those of the outcomes.
+Skill alone is not enough: most of it may come from telling easy problems from hard ones, which cancels out between the
+next steps of one state. See `docs/metrics.md`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,15 +15,43 @@ from typing import Any
 
 import numpy as np
 
-from dapo_trl.diagnostics import TOLD_APART, binary_cross_entropy, expected_calibration_error
+from dapo_trl.diagnostics import binary_cross_entropy, expected_calibration_error, rank_correlation
 from dapo_trl.intervals import Estimate
+from dapo_trl.sibling_agreement import DIFFERENCES, SiblingAgreement
 
 
 # Distances from the end, in steps, that are told apart; the last one and all beyond are one.
 _DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16)
 _CHANCE = 0.5
+_NUM_BINS = 10  # of values, for their calibration
+
+
+class TooFewProblemsError(ValueError):
+    """There are not two problems that a critic could be measured on."""
+
 
 MIN_SKILL = 0.05  # of a critic that is of use, see docs/metrics.md
+ENOUGH_PROBLEMS = 10  # to ask for an interval without 0: of fewer, bootstrap intervals cannot be relied on
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """
+    States to which the critic gives about the same value.
+
+    Attributes:
+        value (`float`):
+            Mean value by the critic, weighted by rollouts.
+        outcome ([`~dapo_trl.evaluation.Estimate`]):
+            Mean outcome, with its 95% interval. Of a calibrated critic it is the value.
+        num_problems (`int`), num_states (`int`):
+            How many. Of few problems, the interval says nothing.
+    """
+
+    value: float
+    outcome: Estimate
+    num_problems: int
+    num_states: int
 
 
 @dataclass(frozen=True)
@@ -38,48 +70,99 @@ class Diagnosis:
             - `brier_skill`: 1 - Brier score / that of the best constant;
             - `calibration_error`: expected calibration error over ten bins;
             - `rank_correlation`: Spearman's, with the mean outcomes;
-            - `sibling_ranking`: share of pairs of next steps that it orders as the mean outcomes do;
+            - `advantage_correlation`: correlation of the critic's advantages of next steps with those of the mean
+              outcomes, weighted by rollouts; 0 is chance, and the noise of the outcomes keeps it below 1;
+            - `sibling_ranking`: share of pairs of next steps that it orders as the mean outcomes do, where these are
+              0.3 apart or more;
+            - `clear_ranking`: the same where they are more than two of their standard errors apart;
             - `sign_accuracy`: share of next steps whose advantage has the sign that the mean outcomes give it;
             - `terminal_bias`: mean value minus reward of finished solutions.
         skill_by_distance (`dict[str, Estimate]`):
             Skill among the states that are so many steps from the end of their solution, as `"1"` or `"4-5"`.
-        num_pairs (`int`):
-            Pairs of siblings that the mean outcomes tell apart.
+        num_pairs (`int`), num_clear_pairs (`int`):
+            Pairs of siblings behind `sibling_ranking` and `clear_ranking`.
+        num_sibling_problems (`int`):
+            Problems with siblings that could be compared.
+        ranking_by_difference (`dict[str, Estimate]`), pairs_by_difference (`dict[str, int]`):
+            Share of pairs that it orders right by how far apart their mean outcomes are, as `"0.3-0.5"`, and how many
+            pairs these are. Of few rollouts, small differences are noise.
+        calibration (`list[CalibrationBin]`):
+            Mean outcomes by value, in bins of equal width that have states.
     """
 
     num_problems: int
     num_states: int
     num_rollouts: int
     num_pairs: int
+    num_clear_pairs: int
+    num_sibling_problems: int
     measures: dict[str, Estimate]
     skill_by_distance: dict[str, Estimate]
+    ranking_by_difference: dict[str, Estimate]
+    pairs_by_difference: dict[str, int]
+    calibration: list[CalibrationBin]
 
     @property
     def is_fit(self) -> bool:
-        """Whether there is skill, and siblings are not ordered worse than by chance."""
-        ranking = self.measures.get("sibling_ranking")
-        return self.measures["skill"].mean > MIN_SKILL and (ranking is None or ranking.high > _CHANCE)
+        """
+        Whether a policy should be trained on its values: there is skill, and it tells next steps apart.
+
+        All outcomes alike, there is nothing to be skilled at, and nothing to learn.
+        """
+        return self.has_skill and self.tells_apart
+
+    @property
+    def has_skill(self) -> bool:
+        """Whether its skill is above 5%."""
+        return "skill" in self.measures and self.measures["skill"].mean > MIN_SKILL
+
+    @property
+    def tells_apart(self) -> bool:
+        """
+        Whether its advantages go with those of the outcomes, beyond doubt where there are problems enough to say so.
+
+        Where there are no siblings, it must know more than how far along a solution is.
+        """
+        found = self.measures.get("advantage_correlation")
+        if found is None:
+            return "depth_skill" in self.measures and self.measures["depth_skill"].mean > MIN_SKILL
+        return (found.low if self.num_sibling_problems >= ENOUGH_PROBLEMS else found.mean) > 0
 
     @property
     def verdict(self) -> str:
         """What that means, in words."""
-        skill, ranking = self.measures["skill"], self.measures.get("sibling_ranking")
+        if "skill" not in self.measures:
+            return "All outcomes are alike: there is nothing that a critic could know. Do not use it."
+        skill = self.measures["skill"]
+        text = self._praise(skill) if self.is_fit else self._refusal(skill)
+        if self.measures["calibration_error"].mean > max(2 * skill.mean, 0.1):
+            text += " Its values are far off on average"
+            is_sure = self.tells_apart and self.num_sibling_problems >= ENOUGH_PROBLEMS
+            text += ", though they order next steps better than chance." if is_sure else "."
+        return text
+
+    def _refusal(self, skill: Estimate) -> str:
         if skill.high < 0:
-            text = "The critic is worse than saying the same of every state: do not use it."
-        elif not self.is_fit:
-            text = "The critic knows next to nothing about problems that it has not seen: do not use it."
-            if skill.high > 2 * MIN_SKILL:
-                text += f" (Of {self.num_problems} problems, that is not certain.)"
-        elif skill.low <= 0:
+            return "The critic is worse than saying the same of every state: do not use it."
+        if self.has_skill and "advantage_correlation" not in self.measures:
+            return "The critic knows how far along a solution is, and little more: do not use it."
+        if self.has_skill:
+            return (
+                "The critic knows something about problems that it has not seen, but does not tell the next steps of a "
+                "state apart, which is what advantages are made of: do not use it."
+            )
+        text = "The critic knows next to nothing about problems that it has not seen: do not use it."
+        if skill.high > 2 * MIN_SKILL:
+            text += f" (Of {self.num_problems} problems, that is not certain.)"
+        return text
+
+    def _praise(self, skill: Estimate) -> str:
+        if skill.low <= 0 or self.num_problems < ENOUGH_PROBLEMS:
             text = f"The critic seems to know something, but {self.num_problems} problems are too few to be sure."
-        elif self.measures["depth_skill"].mean <= MIN_SKILL / 2:
-            text = "The critic knows how far along a solution is, and little more."
         else:
             text = "The critic knows something about problems that it has not seen."
-        if ranking is not None and ranking.low <= _CHANCE <= ranking.high:
+        if (found := self.measures.get("advantage_correlation")) is None or found.low <= 0:
             text += " Whether it tells next steps apart, which is what advantages are made of, cannot be said."
-        if (error := self.measures["calibration_error"].mean) > 2 * abs(skill.mean) and error > 0.1:
-            text += " Its values are far off on average; their order may still be right."
         return text
 
 
@@ -99,9 +182,10 @@ def diagnose(
             A state that several of them share counts once.
         states (iterable of `dict`, *optional*):
             State rows with `problem_id`, `counts`, `mc_successes`, `mc_rollouts` and `critic_values`, for what is said
-            of siblings.
+            of siblings. Candidates whose reward is known, in a column `rewards`, are left out: their advantages need no
+            critic.
         min_rollouts (`int`, *optional*, defaults to `4`):
-            Siblings with fewer are left out: they would be ordered by chance.
+            Siblings with fewer are left out where pairs or signs are counted: these would be chance.
         num_resamples (`int`, *optional*, defaults to `1000`):
             Bootstrap resamples.
         seed (`int`, *optional*, defaults to `0`):
@@ -111,7 +195,8 @@ def diagnose(
         [`Diagnosis`].
 
     Raises:
-        ValueError: if a column is missing, or there are fewer than two problems with states.
+        TooFewProblemsError: if there are fewer than two problems with states.
+        ValueError: if a column is missing.
 
     Example:
 
@@ -130,20 +215,28 @@ def diagnose(
     sample = _Sample(list(solutions), list(states), min_rollouts)
     point = sample.measure(np.ones(sample.num_problems))
     rng = np.random.default_rng(seed)
-    draws: dict[str, list[float]] = {name: [] for name in point}
+    draws: dict[tuple[str, str], list[float]] = {key: [] for key in point}
     for _ in range(num_resamples):
         weights = rng.multinomial(sample.num_problems, np.full(sample.num_problems, 1 / sample.num_problems))
-        for name, value in sample.measure(weights.astype(np.float64)).items():
-            draws[name].append(value)
-    estimates = {name: _estimate(value, draws[name]) for name, value in point.items() if np.isfinite(value)}
-    by_distance = {name.removeprefix("distance "): estimates.pop(name) for name in list(estimates) if " " in name}
+        for key, value in sample.measure(weights.astype(np.float64)).items():
+            draws[key].append(value)
+    groups: dict[str, dict[str, Estimate]] = {"": {}, "distance": {}, "difference": {}, "bin": {}}
+    for key, value in point.items():
+        if np.isfinite(value):
+            groups[key[0]][key[1]] = _estimate(value, draws[key])
+    siblings = sample.siblings
     return Diagnosis(
         num_problems=sample.num_problems,
         num_states=len(sample.values),
         num_rollouts=int(sample.rollouts.sum()),
-        num_pairs=len(sample.pairs),
-        measures=estimates,
-        skill_by_distance=by_distance,
+        num_pairs=siblings.num_pairs["sibling_ranking"],
+        num_clear_pairs=siblings.num_pairs["clear_ranking"],
+        num_sibling_problems=siblings.num_compared,
+        measures=groups[""],
+        skill_by_distance=groups["distance"],
+        ranking_by_difference=groups["difference"],
+        pairs_by_difference={name: siblings.num_pairs[name] for name in groups["difference"]},
+        calibration=[sample.bin(int(name), estimate) for name, estimate in groups["bin"].items()],
     )
 
 
@@ -165,7 +258,7 @@ class _Sample:
                     different.setdefault(state, [problem, *cells, depth, len(steps) - depth])
         self.num_problems = len(problems)
         if len({int(state[0]) for state in different.values()}) < 2:
-            raise ValueError(
+            raise TooFewProblemsError(
                 "A critic is measured on states of at least two problems that it was not trained on; there are "
                 f"{len(different)} states of {self.num_problems} problems. Sample more problems."
             )
@@ -174,17 +267,23 @@ class _Sample:
         successes, self.rollouts, self.values = table[:, 1], table[:, 2], table[:, 3]
         self.targets = successes / self.rollouts
         self.depths, distances = table[:, 4].astype(int), table[:, 5].astype(int)
-        self.bins = np.searchsorted(_DISTANCES, distances, side="right") - 1
+        self.distances = np.searchsorted(_DISTANCES, distances, side="right") - 1
+        self.bins = np.minimum((self.values * _NUM_BINS).astype(int), _NUM_BINS - 1)
         self.ends = np.array(ends).reshape(-1, 2)
-        siblings = [
-            (_problem(row, number, problems, ("counts",), is_new=False), *_siblings(row, least))
-            for number, row in enumerate(states)
-        ]
-        self.pairs = _flat((problem, agreement) for problem, pairs, _ in siblings for agreement in pairs)
-        self.signs = _flat((problem, agreement) for problem, _, signs in siblings for agreement in signs)
+        numbers = [_problem(row, number, problems, ("counts",), is_new=False) for number, row in enumerate(states)]
+        self.siblings = SiblingAgreement(numbers, states, least, self.num_problems)
 
-    def measure(self, weights_P: np.ndarray) -> dict[str, float]:
-        """All measures, where each problem counts as often as its weight says; NaN for what cannot be measured."""
+    def bin(self, number: int, outcome: Estimate) -> CalibrationBin:
+        """What is said of the states of a bin of values."""
+        within = self.bins == number
+        value = float(np.average(self.values[within], weights=self.rollouts[within]))
+        return CalibrationBin(value, outcome, len(set(self.problems[within])), int(within.sum()))
+
+    def measure(self, weights_P: np.ndarray) -> dict[tuple[str, str], float]:
+        """
+        All measures by group and name, where each problem counts as often as its weight says; NaN for what cannot be
+        measured.
+        """
         w_S = self.rollouts * weights_P[self.problems]
         mean = np.average(self.targets, weights=w_S)
         by_depth = np.bincount(self.depths, w_S * self.targets) / np.maximum(np.bincount(self.depths, w_S), 1e-12)
@@ -195,14 +294,17 @@ class _Sample:
             "depth_skill": self._skill(w_S, by_depth[self.depths]),
             "brier_skill": _share_saved(brier, mean * (1 - mean)),
             "calibration_error": expected_calibration_error(self.values, self.targets, w_S),
-            "rank_correlation": _rank_correlation(self.values, self.targets, weights_P[self.problems]),
-            "sibling_ranking": _mean(self.pairs, weights_P),
-            "sign_accuracy": _mean(self.signs, weights_P),
+            "rank_correlation": rank_correlation(self.values, self.targets, weights_P[self.problems]),
             "terminal_bias": _mean(self.ends, weights_P),
         }
+        found |= self.siblings.measure(weights_P)
+        measures = {("difference" if name in DIFFERENCES else "", name): value for name, value in found.items()}
+        for number in np.unique(self.distances):
+            within = self.distances == number
+            measures["distance", _name_of_bin(number)] = self._skill_within(within, w_S)
         for number in np.unique(self.bins):
-            found[f"distance {_name_of_bin(number)}"] = self._skill_within(self.bins == number, w_S)
-        return found
+            measures["bin", str(number)] = _average(self.targets, w_S * (self.bins == number))
+        return measures
 
     def _skill(self, w_S: np.ndarray, constant_S: np.ndarray) -> float:
         constant = binary_cross_entropy(constant_S, self.targets, w_S)
@@ -233,50 +335,17 @@ def _problem(
     return problems.setdefault(row["problem_id"], len(problems))
 
 
-def _siblings(row: Mapping[str, Any], least: int) -> tuple[list[float], list[float]]:
-    """Of the pairs of candidates, and of the candidates, whether the critic agrees with their mean outcomes."""
-    k, n, v, counts = (np.asarray(row[name], dtype=np.float64) for name in (*_COUNTED, "counts"))
-    known = n >= least
-    if known.sum() < 2:
-        return [], []
-    t, v, counts = k[known] / n[known], v[known], counts[known]
-    first, second = np.triu_indices(len(t), k=1)
-    difference, given = t[first] - t[second], v[first] - v[second]
-    agreements = 0.5 + 0.5 * np.sign(difference) * np.sign(given)
-    a_t, a_v = (x - np.average(x, weights=counts) for x in (t, v))
-    signs = 0.5 + 0.5 * np.sign(a_t) * np.sign(a_v)
-    return (
-        agreements[np.abs(difference) >= TOLD_APART].tolist(),
-        signs[np.abs(a_t) >= TOLD_APART / 2].tolist(),
-    )
-
-
-def _flat(rows: Iterable[tuple[int, float]]) -> np.ndarray:
-    return np.array(list(rows), dtype=np.float64).reshape(-1, 2)
-
-
 def _mean(rows: np.ndarray, weights_P: np.ndarray) -> float:
-    weights = weights_P[rows[:, 0].astype(int)]
-    return float(np.average(rows[:, 1], weights=weights)) if weights.sum() > 0 else float("nan")
+    return _average(rows[:, 1], weights_P[rows[:, 0].astype(int)])
+
+
+def _average(values: np.ndarray, weights: np.ndarray) -> float:
+    return float(np.average(values, weights=weights)) if weights.sum() > 0 else float("nan")
 
 
 def _share_saved(loss: float, constant: float) -> float:
     """Where all outcomes are alike, a constant knows them all: there is nothing to be skilled at."""
     return float(1 - loss / constant) if constant > 1e-6 else float("nan")
-
-
-def _rank_correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> float:
-    """Spearman's, where each state counts as often as its weight says; ties share their mean rank."""
-    ranks = [_ranks(values, weights) for values in (first, second)]
-    centred = [rank - np.average(rank, weights=weights) for rank in ranks]
-    scale = np.sqrt(np.prod([np.average(rank**2, weights=weights) for rank in centred]))
-    return float(np.average(centred[0] * centred[1], weights=weights) / scale) if scale > 0 else float("nan")
-
-
-def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    _, places = np.unique(values, return_inverse=True)
-    totals = np.bincount(places, weights)
-    return (np.cumsum(totals) - totals / 2)[places]
 
 
 def _name_of_bin(number: int) -> str:

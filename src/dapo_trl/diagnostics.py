@@ -160,6 +160,33 @@ def sibling_ranking(
     return (float(pairs.mean()) if pairs.size else float("nan")), int(pairs.size)
 
 
+def rank_correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> float:
+    """
+    Spearman's rank correlation, where each state counts as often as its weight says; ties share their mean rank.
+
+    Args:
+        first (`np.ndarray` of shape `(S,)`):
+            Numbers, such as values.
+        second (`np.ndarray` of shape `(S,)`):
+            Others, such as mean outcomes.
+        weights (`np.ndarray` of shape `(S,)`):
+            Weights of the states.
+
+    Returns:
+        `float` in [-1, 1]; NaN if one of the two is constant.
+    """
+    ranks = [_ranks(values, weights) for values in (first, second)]
+    centred = [rank - np.average(rank, weights=weights) for rank in ranks]
+    scale = np.sqrt(np.prod([np.average(rank**2, weights=weights) for rank in centred]))
+    return float(np.average(centred[0] * centred[1], weights=weights) / scale) if scale > 0 else float("nan")
+
+
+def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    _, places = np.unique(values, return_inverse=True)
+    totals = np.bincount(places, weights)
+    return (np.cumsum(totals) - totals / 2)[places]
+
+
 def _check_states(v_S: np.ndarray, k_S: np.ndarray, n_S: np.ndarray) -> None:
     """Refuse numbers that are no values and no counts, naming the first state that has them."""
     if not v_S.shape == k_S.shape == n_S.shape:

@@ -17,8 +17,10 @@ from trl import get_peft_config, get_quantization_config
 
 from dapo_trl.advantages import add_advantages
 from dapo_trl.cards import add_card_results
+from dapo_trl.critic_gate import refuse_unfit
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.dapo_trainer import DAPOTrainer
+from dapo_trl.diagnosing import diagnose_once
 from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
 from dapo_trl.engines import Engine
 from dapo_trl.files import read_json, run_once, temporary_file
@@ -27,7 +29,13 @@ from dapo_trl.intervals import Estimate
 from dapo_trl.model_identity import identify, weights_hash
 from dapo_trl.recipe_arguments import changed_fields
 from dapo_trl.run_folder import held_out_problems, last_checkpoint, made_how, model_path, policy_folder
-from dapo_trl.shrinkage import add_critic_errors, add_monte_carlo_errors, add_shrinkage_values, fit_strength
+from dapo_trl.shrinkage import (
+    add_critic_errors,
+    add_monte_carlo_errors,
+    add_shrinkage_values,
+    fit_strength,
+    with_mean_prior,
+)
 from dapo_trl.stages import sample_stage, value_stage
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_critic_trainer import StepCriticTrainer
@@ -231,9 +239,11 @@ class Iteration:
             "values": values.manifest["fingerprint"],
         }
         results = run_once(self._scored, settings, compute, self._is_main)
-        self.results["critic"] |= results
+        self.results["critic"] |= results | {"diagnosis": diagnose_once(self._scored.parent, self._is_main)}
         print_critic(self.results["critic"])
         free_memory()
+        if self.arguments.values != "shrinkage" and not self.arguments.allow_unfit_critic:
+            refuse_unfit(self.results["critic"]["diagnosis"], self.folder)
         if self._is_main:
             metrics, problems = self.results["critic"], self.recipe.publisher.problems
             add_card_results(str(folder), critic_table(metrics), critic_results(metrics, problems))
@@ -257,13 +267,21 @@ class Iteration:
 
     def _shrink(self, scored: Dataset, held_out: set[str]) -> Dataset:
         """Monte Carlo values shrunk towards the critic's, as far as problems that it was not trained on trust it."""
-        strength = fit_strength(scored.filter(lambda row: row["problem_id"] in held_out))
+        unseen = scored.filter(lambda row: row["problem_id"] in held_out)
+        prior = scored if self._uses_critic else with_mean_prior(scored, unseen)
+        strength = fit_strength(prior.filter(lambda row: row["problem_id"] in held_out))
         self.results["critic"]["prior_strength"] = strength
-        print_strength(strength)
-        rows = add_shrinkage_values(scored, strength)
+        print_strength(strength, self._uses_critic)
+        rows = add_shrinkage_values(prior, strength)
         rows = add_advantages(rows, "shrinkage_values", "shrinkage_errors", posterior=True)
+        rows = rows.remove_columns("critic_values").add_column("critic_values", scored["critic_values"])
         self._write(rows, "states_shrinkage")
         return rows
+
+    @property
+    def _uses_critic(self) -> bool:
+        """Whether values are shrunk towards the critic: not if it is unfit, unless that is allowed."""
+        return self.arguments.allow_unfit_critic or self.results["critic"]["diagnosis"]["is_fit"]
 
     def _train_policy(self, source: str, rows: Dataset, values: str) -> None:
         title = f"{source.replace('_', ' ')} values"
@@ -278,6 +296,8 @@ class Iteration:
         if source != "monte_carlo":
             scored = read_json(self._scored, ["config"], cure="Delete it to do this step again")
             settings |= {"scored": scored["config"]}
+        if source == "shrinkage" and not self._uses_critic:
+            settings |= {"prior": "mean outcome"}
         results = self._train(make_trainer, self.arguments.policy, self.generator, folder, settings)
         self.results["dropped"][f"policy_{source}"] = results["dropped"]
         after = self.recipe.evaluate(title, model_path(folder), folder / "accuracy.json")

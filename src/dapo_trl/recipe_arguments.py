@@ -110,6 +110,12 @@ class RecipeArguments:
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Backbone of the critic. Default: the policy's model."}
     )
+    allow_unfit_critic: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on with a critic that knows too little of held-out problems, which is refused otherwise."
+        },
+    )
     critic: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Arguments of `StepCriticConfig`, as YAML section or JSON."}
     )

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from dapo_trl.diagnosis import CalibrationBin
 from dapo_trl.intervals import Estimate
-from dapo_trl.calibration import Bin
 
 
 _WIDTH = 320  # so narrow that the text is still readable on a phone; figures stand side by side where there is room
@@ -156,12 +156,12 @@ def curve_figure(title: str, series: Mapping[str, Points], x_title: str, constan
     return figure
 
 
-def reliability_figure(bins: Sequence[Bin]) -> Figure:
+def calibration_figure(bins: Sequence[CalibrationBin]) -> Figure:
     """
-    Mean outcomes by predicted value, and how many completions are behind them.
+    Mean outcomes by predicted value.
 
     Args:
-        bins (sequence of [`~dapo_trl.calibration.Bin`]):
+        bins (sequence of [`~dapo_trl.diagnosis.CalibrationBin`]):
             At least one.
 
     Returns:
@@ -170,21 +170,18 @@ def reliability_figure(bins: Sequence[Bin]) -> Figure:
     said = "; ".join(f"valued {bin.value:.2f}, ended right {bin.outcome}" for bin in bins)
     figure = Figure("Mean outcome by value", said, height=330)
     bottom = 330 - _BOTTOM
-    x, y = _Scale(0, 1, _LEFT, _WIDTH - _RIGHT), _Scale(0, 1, bottom - 44, _TOP)
+    x, y = _Scale(0, 1, _LEFT, _WIDTH - _RIGHT), _Scale(0, 1, bottom, _TOP)
     _grid(figure, x, y, "critic's value", (0, 0.25, 0.5, 0.75, 1), (0, 0.25, 0.5, 0.75, 1), bottom)
     figure.line(x(0), y(0), x(1), y(1), "constant")
-    most = max(bin.num_rollouts for bin in bins)
     for bin in bins:
-        share = 34 * bin.num_rollouts / most
         title = (
             f"value {bin.value:.2f}: {bin.outcome} right; {bin.num_states:,} states of {bin.num_problems:,} problems"
         )
-        figure.bar(x(bin.value) - 5, bottom - share, 10, share, "fill before", title)
         if bin.num_problems >= _FEW:
             figure.line(x(bin.value), y(bin.outcome.low), x(bin.value), y(bin.outcome.high), "interval critic")
         style = "point critic" if bin.num_problems >= _FEW else "few critic"
         figure.dot(x(bin.value), y(bin.outcome.mean), style, title)
-    figure.legend = [("critic", "share that ended right"), ("constant", "as valued"), ("before", "completions")]
+    figure.legend = [("critic", "share that ended right"), ("constant", "as valued")]
     if any(bin.num_problems < _FEW for bin in bins):
         figure.legend.append(("few", f"of fewer than {_FEW} problems"))
     return figure

@@ -13,17 +13,16 @@ from dapo_trl.diagnosing import MEASURES
 from dapo_trl.diagnosis import Diagnosis, diagnose
 from dapo_trl.files import numbered_folders, read_json, read_parquet, refuse_incomplete
 from dapo_trl.intervals import Estimate
-from dapo_trl.calibration import reliability
 from dapo_trl.report_figures import (
     Figure,
+    calibration_figure,
     curve_figure,
     histogram_figure,
     interval_figure,
     parts_figure,
-    reliability_figure,
 )
 from dapo_trl.report_run import AGAIN, POLICIES, VALUES, Iteration, stage_counts
-from dapo_trl.run_folder import held_out_problems, table_cure
+from dapo_trl.run_folder import table_cure
 
 
 _SCORED = ("problem_id", "mc_successes", "mc_rollouts", "critic_values")
@@ -209,28 +208,19 @@ def critics_of(iterations: list[Iteration]) -> list[Critic]:
 
 def _critic(part: Iteration) -> Critic:
     data = part.folder / "data"
-    path = data / "solutions_critic.parquet"
-    held_out = held_out_problems(_column(path, "problem_id").to_pylist())
-    unseen = _scored(path, held_out, "completions", "reward")
-    states = _scored(data / "states_critic.parquet", held_out, "counts")
+    rows = held_out_rows(data)
     try:
-        found = diagnose(unseen, states)
+        found = diagnose(*rows)
     except ValueError as error:  # too few problems, which does not stop a report
         return Critic(part, note=str(error))
     measures = [
         (title, str(found.measures[name]) if name in found.measures else "cannot be measured")
         for name, title in MEASURES.items()
     ]
-    bins = reliability(unseen)
-    figures = [reliability_figure(bins)] if bins else []
+    figures = [calibration_figure(found.calibration)]
     if found.skill_by_distance:
         figures.append(_distances(found))
     return Critic(part, "", found, measures, figures)
-
-
-def _scored(path: Path, problems: set[str], *columns: str) -> list[dict[str, Any]]:
-    filters = [("problem_id", "in", problems)] if problems else None
-    return read_parquet(path, table_cure(path), columns=[*_SCORED, *columns], filters=filters).to_pylist()
 
 
 def _distances(found: Diagnosis) -> Figure:

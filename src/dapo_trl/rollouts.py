@@ -234,17 +234,42 @@ def value_solutions(
     """
     sampler = _Sampler(engine, reward_function, config, on_completion)
     trees = [(group, tree) for group in group_by_problem(rows) if (tree := _plant(group, config)) is not None]
-    while wanted := [(group[0], tree, *request) for group, tree in trees for request in tree.wanted()]:
-        requests = [_completion_request(row, tree, state, numbers, config) for row, tree, state, numbers in wanted]
-        for (_, tree, state, _), rollouts in zip(wanted, sampler.sample(requests), strict=True):
-            sampler.counts["completions"] += len(rollouts)
-            for rollout in rollouts:
-                tree.add(state, rollout)
+    _fill([(group[0], tree) for group, tree in trees], sampler)
     tables: dict[str, list[Row]] = {"solutions": [], "states": []}
     for group, tree in trees:
         _harvest(group, tree, config, sampler, tables)
     sampler.counts["pairs"] += sum(len(row["candidates"]) for row in tables["states"])
     return tables, dict(sampler.counts)
+
+
+def fill_trees(
+    trees: Sequence[tuple[Row, StateTree]],
+    engine: Engine,
+    reward_function: RewardFunction,
+    config: RolloutConfig,
+    on_completion: OnCompletion | None = None,
+) -> dict[str, int]:
+    """
+    Sample completions until every state of some problems has enough.
+
+    Args:
+        trees (sequence of `tuple[dict, StateTree]`):
+            A problem with `problem_id`, `prompt_ids` and the columns that the reward function takes, and its states.
+        engine ([`~dapo_trl.engines.Engine`]):
+            Sampling back end of the reference policy.
+        reward_function (`Callable`):
+            TRL reward function, see [`collect_rollouts`].
+        config ([`RolloutConfig`]):
+            How to draw them. How many is the trees' rule.
+        on_completion (`Callable`, *optional*):
+            Called with every completion as it is done.
+
+    Returns:
+        `dict[str, int]`: counts of what was sampled.
+    """
+    sampler = _Sampler(engine, reward_function, config, on_completion)
+    _fill(trees, sampler)
+    return dict(sampler.counts)
 
 
 def collect_rollouts(
@@ -405,6 +430,18 @@ def _plant(rows: list[Row], config: RolloutConfig) -> StateTree | None:
     # seeded by the problem alone, so that it does not matter which others are worked on
     rng = random.Random(sample_seed(config.seed, rows[0]["problem_id"], "kept"))
     return StateTree(select_balanced(judged, config.num_kept, rng), config.stopping_rule, config.reuse)
+
+
+def _fill(trees: Sequence[tuple[Row, StateTree]], sampler: _Sampler) -> None:
+    """Draw what the states of all problems want, again and again, until they want no more."""
+    while wanted := [(row, tree, *request) for row, tree in trees for request in tree.wanted()]:
+        requests = [
+            _completion_request(row, tree, state, numbers, sampler.config) for row, tree, state, numbers in wanted
+        ]
+        for (_, tree, state, _), rollouts in zip(wanted, sampler.sample(requests), strict=True):
+            sampler.counts["completions"] += len(rollouts)
+            for rollout in rollouts:
+                tree.add(state, rollout)
 
 
 def _completion_request(row: Row, tree: StateTree, state: State, numbers: range, config: RolloutConfig) -> _Request:

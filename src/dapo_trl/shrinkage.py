@@ -333,6 +333,32 @@ def add_shrinkage_values(dataset: Dataset, strength: float) -> Dataset:
     return _with_columns(dataset, {"shrinkage_values": list(values), "shrinkage_errors": list(errors)})
 
 
+def with_mean_prior(dataset: Dataset, held_out: Dataset) -> Dataset:
+    """
+    State rows with the mean outcome in place of the critic's values: the prior where the critic is not to be used.
+
+    A fitted strength makes a bad critic count for little, not for nothing: candidates of one rollout and the same
+    outcome are still ordered by it alone, of an inverted one the wrong way round.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            State rows with `mc_successes`, `mc_rollouts` and `critic_values`.
+        held_out ([`~datasets.Dataset`]):
+            The rows whose candidates the mean is taken of, each rollout counting the same.
+
+    Returns:
+        [`~datasets.Dataset`]: the same rows, `critic_values` all alike.
+
+    Raises:
+        ValueError: if a column is missing.
+    """
+    _refuse_missing(dataset, _COLUMNS)
+    successes, rollouts = (sum(map(sum, held_out[name])) for name in _COLUMNS[:2])
+    mean = successes / rollouts if rollouts else 0.5
+    values = [[mean] * len(row) for row in dataset["critic_values"]]
+    return dataset.remove_columns("critic_values").add_column("critic_values", values)
+
+
 def _each_row(compute: Callable[..., list], dataset: Dataset, columns: Sequence[str]) -> list[list]:
     """What a function makes of the columns of each row; an error names the row."""
     found = []

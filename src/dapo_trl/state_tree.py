@@ -175,6 +175,16 @@ class StateTree:
         if rollout.reward is not None:
             self._own[state].append(Sample(state, actions[:depth], rollout.reward))
 
+    def counts(self) -> dict[State, Counts]:
+        """
+        Outcomes so far.
+
+        Returns:
+            `dict`: state -> [`~dapo_trl.values.Counts`], of the states of the tree that have any.
+        """
+        counts = self._count_outcomes(())
+        return {state: counts[state] for state in self.states if state in counts}
+
     def _num_missing(self, state: State) -> int:
         rewards = self._rewards(state)
         if self.rule.stopping_time(rewards) is not None:

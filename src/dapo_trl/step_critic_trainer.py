@@ -61,7 +61,9 @@ class StepCriticTrainer(_StepTrainer):
 
     Evaluation reports `bce`, `bce_constant`, `skill`, `brier` and `calibration_error`, see
     [`~dapo_trl.diagnostics.critic_metrics`]; and where rows share a beginning and then take different steps, how well
-    the critic orders these, see [`~dapo_trl.diagnostics.sibling_ranking`].
+    the critic orders these, see [`~dapo_trl.diagnostics.sibling_ranking`]. Whether a policy should be trained on its
+    values, which `dapo-trl run` decides by held-out problems, [`~dapo_trl.diagnosis.diagnose`] tells of rows that
+    [`predict_values`] valued.
 
     Example:
 

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult
 from rich.console import Console
 from rich.table import Table
 
-from dapo_trl.diagnosis import MIN_SKILL
+from dapo_trl.diagnosing import describe
 from dapo_trl.inspection import one_line
 from dapo_trl.intervals import Estimate
 
@@ -88,7 +88,7 @@ def print_critic(metrics: dict[str, Any]) -> None:
 
     Args:
         metrics (`dict`):
-            Metrics on the held-out problems.
+            Metrics on the held-out problems, and its `diagnosis`, see [`~dapo_trl.diagnosing.diagnose_once`].
     """
     if not PartialState().is_main_process:
         return
@@ -99,24 +99,31 @@ def print_critic(metrics: dict[str, Any]) -> None:
         f"{metrics['eval_sibling_pairs']:,} pairs of sibling steps as their Monte Carlo values do, where these differ "
         "by 0.3 or more."
     )
-    if not metrics["eval_skill"] > MIN_SKILL:
-        warn(
-            f"The critic's skill on held-out problems is {metrics['eval_skill']:.1%}, not above {MIN_SKILL:.0%}: it "
-            "predicts hardly better than a constant. A policy trained on its values may get worse. Use more problems, "
-            "another learning rate of the critic, or Monte Carlo values (`values: monte_carlo`)."
-        )
+    diagnosis = metrics["diagnosis"]
+    if description := describe(diagnosis):
+        console.print(f"{description}.")
+    (console.print if diagnosis["is_fit"] else warn)(diagnosis["verdict"])
 
 
-def print_strength(strength: float) -> None:
+def print_strength(strength: float, is_of_critic: bool = True) -> None:
     """
-    For how many rollouts the critic stands.
+    For how many rollouts the prior stands.
 
     Args:
         strength (`float`):
             Prior strength, see [`~dapo_trl.shrinkage.fit_prior_strength`].
+        is_of_critic (`bool`, *optional*, defaults to `True`):
+            Whether the prior is the critic, and not the mean outcome in its place.
     """
-    if PartialState().is_main_process:
+    if not PartialState().is_main_process:
+        return
+    if is_of_critic:
         console.print(f"On held-out states the critic is worth {strength:.1f} rollouts: values are shrunk that far.")
+    else:
+        console.print(
+            f"The critic is not used: values are shrunk towards the mean outcome, which is worth {strength:.1f} "
+            "rollouts. `allow_unfit_critic: true` shrinks them towards the critic."
+        )
 
 
 def critic_table(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:

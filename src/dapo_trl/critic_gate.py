@@ -1,0 +1,53 @@
+"""
+The gate before the policy: a critic without skill is refused, unless the recipe allows it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dapo_trl.diagnosing import describe
+from dapo_trl.diagnosis import ENOUGH_PROBLEMS, MIN_SKILL
+
+
+_NEEDED = (
+    f"A fit critic has a skill above {MIN_SKILL:.0%}, and advantages that correlate with those of the outcomes, beyond "
+    f"doubt if there are {ENOUGH_PROBLEMS} problems or more."
+)
+_CURES = (
+    "Try more data (`num_train_problems`, `num_completions`), another base model (`critic_model_name_or_path`), "
+    "another learning rate or number of epochs (`critic.learning_rate`, `critic.num_train_epochs`), in another "
+    "`output_dir` or after deleting `critic` and `data` of this one; or do without the critic: `values: monte_carlo`, "
+    "or `values: shrinkage`, which then shrinks towards the mean outcome. With `allow_unfit_critic: true` the same "
+    "command goes on with this critic from here."
+)
+
+
+class UnfitCriticError(ValueError):
+    """The critic of a run should not be trained on."""
+
+
+def refuse_unfit(found: Mapping[str, Any], folder: Path) -> None:
+    """
+    Refuse a critic that is not fit to train on.
+
+    Args:
+        found (`dict`):
+            What [`~dapo_trl.diagnosing.diagnose_once`] gave.
+        folder (`Path`):
+            Folder of the iteration.
+
+    Raises:
+        UnfitCriticError: if it is not fit: with what was measured, and what to try.
+    """
+    if found["is_fit"]:
+        return
+    parts = [f"The critic in {folder / 'critic'} is refused. {found['verdict']}"]
+    if found["measures"]:
+        parts += [f"{describe(found)}.", _NEEDED]
+    if found.get("num_problems", 0) < ENOUGH_PROBLEMS:
+        parts.append(
+            "It is measured on every tenth of the problems that have right and wrong solutions, which are too few here "
+            f"to be sure of anything: with {10 * ENOUGH_PROBLEMS} of them, {ENOUGH_PROBLEMS} are held out."
+        )
+    raise UnfitCriticError(" ".join([*parts, _CURES]))
