@@ -5,12 +5,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import REPOSITORY, ScriptedEngine, answer_reward
 from dapo_trl.engines import sample_seed
-from dapo_trl.fresh_diagnosis import count_afresh, fresh_config, plant, spread_out, with_counts
+from dapo_trl.fresh_diagnosis import _generator, count_afresh, fresh_config, plant, spread_out, with_counts
 from dapo_trl.rollouts import RolloutConfig
 from dapo_trl.values import Counts
 
@@ -82,6 +83,20 @@ def test_other_seeds():
     assert (config.separator, config.sampling.temperature, config.sampling.max_new_tokens) == (".", 0.7, 9)
     assert fresh_config(rollouts | {"seed": 4}, 64).seed != config.seed
     assert sample_seed(config.seed, "p", (), 0) != sample_seed(3, "p", (), 0)
+
+
+def test_the_generator_of_an_iteration(tmp_path):
+    """Of the first the recipe's model, of later ones the policy before; also where the first has its own folder."""
+    recipe = SimpleNamespace(folder=tmp_path, model="model", arguments=SimpleNamespace(values="shrinkage"))
+    first, second, third = tmp_path / "iteration-1", tmp_path / "iteration-2", tmp_path / "iteration-3"
+    for folder in (second, third):
+        folder.mkdir()
+    assert _generator(recipe, tmp_path) == "model"
+    assert _generator(recipe, second) == str(tmp_path / "policy_shrinkage")
+    assert _generator(recipe, third) == str(second / "policy_shrinkage")
+    first.mkdir()
+    assert _generator(recipe, first) == "model"
+    assert _generator(recipe, second) == str(first / "policy_shrinkage")
 
 
 def test_problems_are_spread_out():

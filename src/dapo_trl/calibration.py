@@ -34,20 +34,19 @@ def _draw(bins: Sequence[CalibrationBin], path: Path) -> None:
 
     values = [part.value for part in bins]
     outcomes = [part.outcome.mean for part in bins]
-    figure = Figure(figsize=(5, 6.2), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    above.plot([0, 1], [0, 1], color="#bbbbbb", zorder=0, label="calibrated")
     # the ends of an interval may, by rounding, lie on the wrong side of its mean
     errors = [
         [max(part.outcome.mean - part.outcome.low, 0.0) for part in bins],
         [max(part.outcome.high - part.outcome.mean, 0.0) for part in bins],
     ]
-    above.errorbar(values, outcomes, errors, color="#4477aa", marker="o", linestyle="-", capsize=3, label="critic")
-    above.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), ylabel="share of completions that end correct, 95% interval")
-    above.set_title("Calibration on held-out problems")
-    above.legend(fontsize=9)
-    below.bar(values, [part.num_states for part in bins], width=0.06, color="#4477aa")
-    below.set(xlabel="value by the critic", ylabel="states")
-    for axis in (above, below):
-        axis.grid(alpha=0.3)
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="#bbbbbb", zorder=0, label="calibrated")
+    axis.errorbar(values, outcomes, errors, color="#4477aa", marker="o", linestyle="-", capsize=3, label="critic")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    axis.set(xlabel="value by the critic", ylabel="share of completions that end correct, 95% interval")
+    axis.set_title(f"Calibration on {sum(part.num_states for part in bins):,} held-out states, in bins of as many")
+    axis.title.set_fontsize(10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
     figure.savefig(path, dpi=120)

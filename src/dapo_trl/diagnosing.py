@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from dapo_trl.calibration import draw_calibration
 from dapo_trl.diagnosis import Diagnosis, TooFewProblemsError, diagnose
-from dapo_trl.files import dump_json, numbered_folders, read_json, read_parquet, write_atomically
+from dapo_trl.files import dump_json, named_damage, numbered_folders, read_json, read_parquet, write_atomically
 from dapo_trl.run_folder import held_out_problems
 
 
@@ -77,9 +78,11 @@ def held_out_rows(data: Path, extra: tuple[str, ...] = ()) -> tuple[list[Row], l
     both = {"solutions": ("completions", "reward"), "states": ("counts",)}
     tables = []
     for name, columns in both.items():
-        table = read_parquet(data / f"{name}_critic.parquet", cure)
-        optional = [column for column in ("rewards", *extra) if column in table.column_names]
-        tables.append(table.select([*_COLUMNS, *columns, *optional]).to_pylist())
+        path = data / f"{name}_critic.parquet"
+        with named_damage(path, cure):
+            known = pq.read_schema(path).names
+        optional = [column for column in ("rewards", *extra) if column in known]
+        tables.append(read_parquet(path, cure, columns=[*_COLUMNS, *columns, *optional]).to_pylist())
     held_out = held_out_problems(row["problem_id"] for row in tables[0])
     solutions, states = ([row for row in rows if row["problem_id"] in held_out] for rows in tables)
     return solutions, states

@@ -87,7 +87,7 @@ class Diagnosis:
             Share of pairs that it orders right by how far apart their mean outcomes are, as `"0.3-0.5"`, and how many
             pairs these are. Of few rollouts, small differences are noise.
         calibration (`list[CalibrationBin]`):
-            Mean outcomes by value, in bins of equal width that have states.
+            Mean outcomes by value, in ten bins with about as many states each.
     """
 
     num_problems: int
@@ -268,7 +268,8 @@ class _Sample:
         self.targets = successes / self.rollouts
         self.depths, distances = table[:, 4].astype(int), table[:, 5].astype(int)
         self.distances = np.searchsorted(_DISTANCES, distances, side="right") - 1
-        self.bins = np.minimum((self.values * _NUM_BINS).astype(int), _NUM_BINS - 1)
+        edges = np.quantile(self.values, np.arange(1, _NUM_BINS) / _NUM_BINS)
+        self.bins = np.searchsorted(np.unique(edges), self.values, side="right")
         self.ends = np.array(ends).reshape(-1, 2)
         numbers = [_problem(row, number, problems, ("counts",), is_new=False) for number, row in enumerate(states)]
         self.siblings = SiblingAgreement(numbers, states, least, self.num_problems)

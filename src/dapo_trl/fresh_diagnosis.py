@@ -17,7 +17,7 @@ from dapo_trl.calibration import draw_calibration
 from dapo_trl.diagnosing import held_out_rows, record, scored_folder
 from dapo_trl.diagnosis import Diagnosis, diagnose
 from dapo_trl.engines import Engine, OnCompletion, SamplingConfig
-from dapo_trl.files import dump_json, only_one, refuse_differences, text_fingerprint, write_atomically
+from dapo_trl.files import dump_json, numbered_folders, only_one, refuse_differences, text_fingerprint, write_atomically
 from dapo_trl.judging import RewardFunction, name_of
 from dapo_trl.rollouts import RolloutConfig, fill_trees
 from dapo_trl.run_folder import iteration_folder, model_path, policy_folder
@@ -239,16 +239,16 @@ def spread_out(solutions: list[Row], states: list[Row], max_problems: int | None
     problems = list(dict.fromkeys(row["problem_id"] for row in solutions))
     number = min(max_problems or len(problems), len(problems))
     chosen = {problems[place * len(problems) // number] for place in range(number)}
-    return tuple([row for row in rows if row["problem_id"] in chosen] for rows in (solutions, states))  # type: ignore
+    solutions, states = ([row for row in rows if row["problem_id"] in chosen] for rows in (solutions, states))
+    return solutions, states
 
 
 def _generator(recipe: "Recipe", folder: Path) -> str:
     """The policy that an iteration samples from: the one before has trained it."""
-    number = 0
-    while iteration_folder(recipe.folder, number) != folder:
-        number += 1
-    before = iteration_folder(recipe.folder, number - 1) if number else folder
-    return model_path(before / policy_folder(recipe.arguments.values)) if number else recipe.model
+    number = next((number for number, path in numbered_folders(recipe.folder, "iteration") if path == folder), 1)
+    if number == 1:
+        return recipe.model
+    return model_path(iteration_folder(recipe.folder, number - 2) / policy_folder(recipe.arguments.values))
 
 
 def _steps_of(row: Row) -> list[Any]:

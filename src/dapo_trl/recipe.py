@@ -102,8 +102,8 @@ class Recipe:
 
         Raises:
             SettingsError: if a setting cannot be used.
-            ValueError: if a row is bad, the folder holds results of other settings, another command works in it, or no
-                problem carries signal.
+            ValueError: if a row is bad, the folder holds results of other settings, another command works in it, no
+                problem carries signal, or the critic is not fit.
         """
         self.publisher.log_in()
         sizes = f"{len(self.problems['train']):,} problems to train on, {len(self.problems['test']):,} held out"
