@@ -44,6 +44,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/estimators.py
 	$(BIN)/python benchmarks/ablations.py
+	$(BIN)/python benchmarks/gate.py
 	$(BIN)/python benchmarks/iterations.py
 	$(BIN)/python benchmarks/kill.py
 	$(BIN)/python benchmarks/servers.py

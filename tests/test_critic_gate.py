@@ -162,6 +162,13 @@ def test_measured_once(tmp_path, monkeypatch):
     (data / "scored.json").write_text(json.dumps({"config": {"weights": "b"}}))
     diagnose_once(data)
     assert len(calls) == 3
+    known = json.loads((data / "diagnosis.json").read_text())
+    (data / "diagnosis.json").write_text(json.dumps({"measures": known["measures"]}))  # by an earlier version
+    assert diagnose_once(data)["is_fit"]
+    assert len(calls) == 4
+    (data / "diagnosis.json").write_text("{")
+    with pytest.raises(ValueError, match=r"diagnosis.json is damaged: .* Delete it to measure the critic again"):
+        diagnose_once(data)
 
 
 def test_why_shrinkage_needs_more_than_a_strength():

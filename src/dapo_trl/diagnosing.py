@@ -32,7 +32,6 @@ MEASURES = {
     "terminal_bias": "value minus reward of finished solutions",
 }
 _COLUMNS = ("problem_id", "mc_successes", "mc_rollouts", "critic_values")
-_RECORD = ("scored", "is_fit", "verdict", "measures")
 _CURE = "Delete it to measure the critic again"
 
 
@@ -128,8 +127,8 @@ def diagnose_once(data: Path, is_main: bool = True) -> Row:
     """
     path, scored = data / "diagnosis.json", _scored(data)
     if path.exists():
-        known = read_json(path, _RECORD, _CURE)
-        if known.pop("scored") == scored:
+        known = read_json(path, ("measures",), _CURE)
+        if "scored" in known and known.pop("scored") == scored:  # earlier versions did not say which rows they measured
             return known
     solutions, states = held_out_rows(data)
     try:
