@@ -5,14 +5,14 @@
 import numpy as np
 import pytest
 
+from dapo_trl.diagnosis import CalibrationBin
 from dapo_trl.intervals import Estimate
-from dapo_trl.reliability import Bin
 from dapo_trl.report_figures import (
+    calibration_figure,
     curve_figure,
     histogram_figure,
     interval_figure,
     parts_figure,
-    reliability_figure,
 )
 
 
@@ -44,17 +44,15 @@ def test_curves():
     assert many.description == "a from 3 to 3; b from 3 to 3"
 
 
-def test_reliability():
+def test_calibration():
     """A calibrated bin is on the line; one of few problems is hollow, without an interval."""
-    sure = Bin(0.5, Estimate(0.5, 0.4, 0.6), num_problems=5, num_states=9, num_rollouts=90)
-    rare = Bin(0.9, Estimate(1.0, 1.0, 1.0), num_problems=4, num_states=4, num_rollouts=45)
-    figure = reliability_figure([sure, rare])
+    sure = CalibrationBin(0.5, Estimate(0.5, 0.4, 0.6), num_problems=5, num_states=9)
+    rare = CalibrationBin(0.9, Estimate(1.0, 1.0, 1.0), num_problems=4, num_states=4)
+    figure = calibration_figure([sure, rare])
     (line,), (dot,) = marks(figure, "line", "constant"), marks(figure, "circle", "point critic")
     assert dot["cx"] == pytest.approx((line["x1"] + line["x2"]) / 2)
     assert dot["cy"] == pytest.approx((line["y1"] + line["y2"]) / 2)
     assert len(marks(figure, "circle", "few critic")) == len(marks(figure, "line", "interval critic")) == 1
-    heights = [bar["height"] for bar in marks(figure, "rect", "fill before")]
-    assert heights[0] == 2 * heights[1]
     assert figure.legend[-1] == ("few", "of fewer than 5 problems")
 
 

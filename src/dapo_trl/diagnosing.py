@@ -75,16 +75,16 @@ def held_out_rows(data: Path, extra: tuple[str, ...] = ()) -> tuple[list[Row], l
     """
     cure = f"Delete {data / 'scored.json'} to score the rows again"
     both = {"solutions": ("completions", "reward"), "states": ("counts",)}
+    problems = read_parquet(data / "solutions_critic.parquet", cure, columns=["problem_id"])["problem_id"].to_pylist()
+    filters = [("problem_id", "in", held_out_problems(problems))] if problems else None
     tables = []
     for name, columns in both.items():
         path = data / f"{name}_critic.parquet"
         with named_damage(path, cure):
             known = pq.read_schema(path).names
-        optional = [column for column in ("rewards", *extra) if column in known]
-        tables.append(read_parquet(path, cure, columns=[*_COLUMNS, *columns, *optional]).to_pylist())
-    held_out = held_out_problems(row["problem_id"] for row in tables[0])
-    solutions, states = ([row for row in rows if row["problem_id"] in held_out] for rows in tables)
-    return solutions, states
+        wanted = [*_COLUMNS, *columns, *(column for column in ("rewards", *extra) if column in known)]
+        tables.append(read_parquet(path, cure, columns=wanted, filters=filters).to_pylist())
+    return tables[0], tables[1]
 
 
 def diagnose_run(folder: Path) -> Diagnosis:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dapo_trl.diagnosing import MEASURES
+from dapo_trl.diagnosing import MEASURES, held_out_rows
 from dapo_trl.diagnosis import Diagnosis, diagnose
 from dapo_trl.files import numbered_folders, read_json, read_parquet, refuse_incomplete
 from dapo_trl.intervals import Estimate
@@ -25,7 +25,6 @@ from dapo_trl.report_run import AGAIN, POLICIES, VALUES, Iteration, stage_counts
 from dapo_trl.run_folder import table_cure
 
 
-_SCORED = ("problem_id", "mc_successes", "mc_rollouts", "critic_values")
 _MEASURED = ("greedy", "mean_at_k", "pass_at_k")
 
 # Curves of a training: title -> names in the log and their labels. The first ones that are there are shown at once.
