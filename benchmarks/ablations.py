@@ -72,6 +72,7 @@ ABLATIONS = (
     Ablation("completions of a state", "num_completions", (2, 4, 8, 16, 32), 8, is_of_data=True),
     Ablation("solutions kept of a problem", "num_kept", (2, 4, 8), 4, is_of_data=True),
     Ablation("problems", "num_train_problems", (175, 350, 700, 1400), 700, is_of_data=True),
+    Ablation("states that the critic learns from", "critic_states", ("solutions", "candidates"), "solutions", True),
     Ablation("layers of the critic", "critic_layers", (2, 4, 6), 6, is_of_data=True),
 )
 

@@ -308,6 +308,20 @@ def test_shrinkage(commands, tmp_path, again):
     assert {"shrinkage_values", "shrinkage_errors", "critic_values", "values"} <= set(rows.column_names)
 
 
+def test_critic_of_candidates(commands, tmp_path, again):
+    """It learns from more rows, those that no kept solution takes too; a critic of other states is not taken for it."""
+    command = ("score", RECIPE, *SMALL, "--critic_states", "candidates", "--output_dir", again)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code != 0
+    assert "is now 'candidates'" in text
+    solutions = json.loads((again / "critic" / "stage.json").read_text())["results"]["dropped"]["train"]["rows"]
+    for name in ("critic", "data"):
+        shutil.rmtree(again / name)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    assert json.loads((again / "critic" / "stage.json").read_text())["results"]["dropped"]["train"]["rows"] > solutions
+
+
 def test_reliability(commands, tmp_path, again):
     """All sources of values say how far their advantages can be relied on, and policies are trained with that."""
     for name in ("policy", "policy_monte_carlo"):

@@ -389,7 +389,9 @@ def _check_monte_carlo(row: Mapping[str, Any], length: int, each: str) -> None:
             raise _BadRow(
                 column, "missing, while its twin is given", counts, "Give both `mc_successes` and `mc_rollouts`."
             )
-    _check_counts(rollouts, "mc_rollouts", length, each, at_least=1)
+    _check_counts(rollouts, "mc_rollouts", length, each)
+    if not any(rollouts):
+        raise _BadRow("mc_rollouts", "no state has a rollout", rollouts, "Drop the row, or both columns of counts.")
     _check_numbers(successes, "mc_successes", length, each, bounded=False)  # a sum of rewards need not be whole
     for i, (won, tried) in enumerate(zip(successes, rollouts, strict=True)):
         if not 0 <= won <= tried:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback
 from trl import get_peft_config, get_quantization_config
 
 from dapo_trl.advantages import add_advantages
 from dapo_trl.cards import add_card_results
 from dapo_trl.critic_gate import refuse_unfit
+from dapo_trl.critic_rows import candidate_solutions
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.dapo_trainer import DAPOTrainer
 from dapo_trl.diagnosing import diagnose_once
@@ -199,16 +200,25 @@ class Iteration:
         solutions = values.table("solutions")
         held_out = held_out_problems(solutions["problem_id"])
 
+        def rows_to_train_on() -> Dataset:
+            seen = solutions.filter(lambda row: row["problem_id"] not in held_out)
+            if self.arguments.critic_states == "solutions":
+                return seen
+            states = values.table("states").filter(lambda row: row["problem_id"] not in held_out)
+            return concatenate_datasets([seen, candidate_solutions(states, seen)])
+
         def make_trainer(args: dict[str, Any]) -> StepCriticTrainer:
             return StepCriticTrainer(
                 self.critic,
                 StepCriticConfig(**args),
-                train_dataset=solutions.filter(lambda row: row["problem_id"] not in held_out),
+                train_dataset=rows_to_train_on(),
                 eval_dataset=solutions.filter(lambda row: row["problem_id"] in held_out),
                 **self._trainer_arguments(),
             )
 
         settings = self._settings(self.arguments.critic, self.critic, values.manifest["fingerprint"])
+        if self.arguments.critic_states != "solutions":  # as of runs before there was a choice
+            settings["states"] = self.arguments.critic_states
         results = self._train(make_trainer, self.arguments.critic, self.critic, self.folder / "critic", settings)
         self.results["critic"] = results["metrics"]
         self.results["dropped"]["critic"] = results["dropped"]

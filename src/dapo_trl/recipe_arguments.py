@@ -27,7 +27,11 @@ class ServerArguments:
     max_downtime: float | None = None
 
 
-_CHOICES = {"engine": ["transformers", "openai", "vllm"], "values": ["critic", "monte_carlo", "shrinkage", "both"]}
+_CHOICES = {
+    "engine": ["transformers", "openai", "vllm"],
+    "values": ["critic", "monte_carlo", "shrinkage", "both"],
+    "critic_states": ["solutions", "candidates"],
+}
 _PRIVATE = ("output_dir", "server_urls", "estimate", "report_to", "max_concurrency")  # what belongs to this machine
 _LEAST = {
     "seed": 0,
@@ -114,6 +118,14 @@ class RecipeArguments:
         default=False,
         metadata={
             "help": "Go on with a critic that knows too little of held-out problems, which is refused otherwise."
+        },
+    )
+    critic_states: str = field(
+        default="solutions",
+        metadata={
+            "help": "What the critic learns from: states of the kept 'solutions' (paper), or those and the "
+            "'candidates' that none of them takes.",
+            "choices": _CHOICES["critic_states"],
         },
     )
     critic: dict[str, Any] = field(
