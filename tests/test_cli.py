@@ -10,7 +10,8 @@ import pytest
 
 from conftest import REPOSITORY
 from dapo_trl._version import __version__
-from dapo_trl.cli import COMMANDS, main, parse_recipe
+from dapo_trl.cli import COMMANDS, main
+from dapo_trl.recipe_parsing import parse_recipe
 
 
 RECIPE = str(REPOSITORY / "examples" / "recipes" / "demo.yaml")

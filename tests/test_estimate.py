@@ -9,10 +9,11 @@ from trl import ModelConfig
 
 from conftest import REPOSITORY, STUDENT
 from dapo_trl.assumptions import Assumptions, count_parameters, read_assumptions
-from dapo_trl.cli import main, parse_recipe
+from dapo_trl.cli import main
 from dapo_trl.estimate import cost_line, estimate
 from dapo_trl.recipe import Recipe
 from dapo_trl.recipe_arguments import RecipeArguments
+from dapo_trl.recipe_parsing import parse_recipe
 
 
 RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("*.yaml"))
