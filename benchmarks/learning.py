@@ -3,9 +3,9 @@ Is this better than what people do today? The same student, problems and number 
 
     python benchmarks/learning.py [--tasks arithmetic word_problems] [--seeds 0 1 2 3 4] [--output_dir runs/learning]
 
-Every method has the same grid of learning rates (`RATES`, and up to two more where the best is at an end of it) and,
-after it, further values of one other setting (`SECOND`), chosen on validation problems with the data of one seed that
-is not reported. Then each seed has problems, samples, critic and training of its own, and is evaluated on the same
+Every method has the same grid of learning rates (`RATES`) and, after it, values of one other setting (`SECOND`), both
+with up to two more where the best is at an end of them, chosen on validation problems with the data of one seed that is
+not reported. Then each seed has problems, samples, critic and training of its own, and is evaluated on the same
 1,024 test problems, none of which anything was trained on: greedily, and 8 samples a problem at temperature 1.
 Intervals are Student's t over seeds; differences are paired: of the same seed.
 
@@ -29,15 +29,16 @@ from recording import REPOSITORY, machine, versions, write_between
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEED = 100  # of the data with which settings are chosen
 RATES, FACTOR = (1e-4, 2.5e-4, 6e-4, 1.5e-3), 2.5
-MAX_EXTENSIONS = 2  # of the grid, where the best rate is at an end of it
-BETAS = {"beta": (0.03, 0.1, 0.3)}
-# After the learning rate, one more setting of each method; 0.1, one pass and one are what the rates were tried with.
-SECOND: dict[str, dict[str, tuple[float, ...]]] = {
-    "rft": {"num_train_epochs": (1, 2, 3)},
+MAX_EXTENSIONS = 2  # of either grid, where the best value is at an end of it
+BETAS = ("beta", (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 0.1)
+# After the learning rate, one more setting of each method: its name, the values in their order, and that with which the
+# rates are tried. Its neighbours are tried, and those beyond as long as the best one is at an end of what was tried.
+SECOND: dict[str, tuple[str, tuple[float, ...], float]] = {
+    "rft": ("num_train_epochs", (1, 2, 3, 5), 1),
     "dpo": BETAS,
     "step_dpo": BETAS,
     "kto": BETAS,
-    "grpo": {"num_iterations": (1, 2)},
+    "grpo": ("num_iterations", (1, 2, 4), 1),
     "critic": BETAS,
     "shrinkage": BETAS,
     "monte_carlo": BETAS,
@@ -54,20 +55,16 @@ def tune(task: str, folder: Path, num_processes: int) -> dict[str, dict[str, Any
         for group in firsts:
             group += _beyond(group, folder)
         run_jobs([job for group in firsts for job in group], folder, num_processes)
-    seconds = []
-    for group in firsts:
-        best = _best(group, folder)["settings"]
-        ((name, values),) = SECOND[group[0].method].items()
-        defaults = {"beta": 0.1, "num_train_epochs": 1, "num_iterations": 1}
-        others = [value for value in values if value != defaults[name]]
-        seconds.append([replace(group[0], settings=best | {name: value}) for value in others])
-    run_jobs([job for group in seconds for job in group], folder, num_processes)
+    for _ in range(MAX_EXTENSIONS + 1):
+        for group in firsts:
+            group += _neighbours(group, folder)
+        run_jobs([job for group in firsts for job in group], folder, num_processes)
     return {
         group[0].method: {
-            "chosen": _best(group + more, folder)["settings"],
-            "tried": [_kept(result) for result in run_jobs(group + more, folder, num_processes)],
+            "chosen": _best(group, folder)["settings"],
+            "tried": [_kept(result) for result in run_jobs(group, folder, num_processes)],
         }
-        for group, more in zip(firsts, seconds, strict=True)
+        for group in firsts
     }
 
 
@@ -82,6 +79,17 @@ def _beyond(group: list[Job], folder: Path) -> list[Job]:
     if best == rates[0]:
         return [_with_rate(group[0], best / FACTOR)]
     return [_with_rate(group[0], best * FACTOR)] if best == rates[-1] else []
+
+
+def _neighbours(group: list[Job], folder: Path) -> list[Job]:
+    """The best settings with the values of the second setting next to its own that were not tried."""
+    name, values, default = SECOND[group[0].method]
+    best = _best(group, folder)["settings"]
+    place = values.index(best.get(name, default))
+    tried = [job.settings for job in group]
+    near = [best | {name: values[other]} for other in (place - 1, place + 1) if 0 <= other < len(values)]
+    new = [settings for settings in near if settings not in tried and settings[name] != default]
+    return [replace(group[0], settings=settings) for settings in new]
 
 
 def _best(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
