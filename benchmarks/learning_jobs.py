@@ -114,6 +114,11 @@ class Data:
         """State rows with counts and the critic's values."""
         return Dataset.from_parquet(str(self.run / "data" / "states_critic.parquet"), cache_dir=self._cache)
 
+    def problem_ids(self) -> list[str]:
+        """Problems of the solution rows: every tenth of them is held out from the critic. A few have no state rows."""
+        path = str(self.run / "data" / "solutions_critic.parquet")
+        return Dataset.from_parquet(path, columns=["problem_id"], cache_dir=self._cache)["problem_id"][:]
+
     @property
     def _cache(self) -> str:
         return str(self.folder / ".cache" / str(os.getpid()))

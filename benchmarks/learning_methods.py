@@ -94,7 +94,7 @@ def states_by(source: str, data: Data, reduction: str = "samples") -> Dataset:
     if reduction == "pairs without duplicates":
         rows = rows.remove_columns("counts")
     if source == "shrinkage":
-        held_out = held_out_problems(rows["problem_id"])
+        held_out = held_out_problems(data.problem_ids())
         strength = fit_strength(rows.filter(lambda row: row["problem_id"] in held_out))
         rows = add_shrinkage_values(rows, strength)
     column = {"monte_carlo": "values", "critic": "critic_values", "shrinkage": "shrinkage_values"}[source]
@@ -251,10 +251,14 @@ def train_on_labels(data: Data, settings: dict[str, Any]) -> Trained:
 
 
 def labelled_solutions(rows: list[Row], seed: int) -> list[Row]:
-    """Solutions of problems that have right and wrong ones."""
+    """
+    Solutions of problems that have right and wrong ones, shuffled: `KTOTrainer` takes rows in the order that it is
+    given, and estimates the KL divergence from each prompt with the solution of the row before.
+    """
     rng = random.Random(seed)
     groups = [right + wrong for right, wrong in by_problem(rows) if right and wrong]
     chosen = [row for group in groups for row in rng.sample(group, min(len(group), MAX_SOLUTIONS))]
+    rng.shuffle(chosen)
     return [
         {"prompt": row["prompt"], "completion": "".join(row["completions"]), "label": row["reward"] >= 0.5}
         for row in chosen

@@ -3,9 +3,11 @@ What the comparison with other methods rests on: what each of them is trained on
 """
 
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from conftest import REPOSITORY
 
@@ -56,6 +58,29 @@ def test_labels(rows):
     chosen = methods.labelled_solutions(rows, seed=0)
     assert len(chosen) == methods.MAX_SOLUTIONS
     assert all(row["label"] == (int(row["completion"].split()[1]) % 2 == 1) for row in chosen)
+
+
+def test_labelled_solutions_of_a_problem_are_apart():
+    """`KTOTrainer` does not shuffle, and pairs each prompt with the solution before: it must be of another problem."""
+    rows = [solution(str(problem), number, float(number % 2)) for problem in range(20) for number in range(16)]
+    chosen = methods.labelled_solutions(rows, seed=0)
+    neighbours = [one["prompt"] == other["prompt"] for one, other in pairwise(chosen)]
+    assert len(chosen) == 320 and sum(neighbours) < 40  # 300 in the order of the problems
+
+
+def test_shrinkage_is_fitted_on_problems_that_the_critic_has_not_seen(tmp_path, monkeypatch):
+    """Every tenth problem of the solutions, also where the first has no state rows, so that theirs begin later."""
+    data = learning_jobs.Data(learning_jobs.TASKS["arithmetic"], 0, tmp_path)
+    (data.run / "data").mkdir(parents=True)
+    problems = [str(number) for number in range(30)]
+    state = {"values": [0.5, 0.0], "mc_successes": [1.0, 0.0], "mc_rollouts": [2, 2], "critic_values": [0.6, 0.2]}
+    states = [state | {"problem_id": problem, "counts": [1, 1]} for problem in problems[1:]]
+    Dataset.from_dict({"problem_id": problems}).to_parquet(data.run / "data" / "solutions_critic.parquet")
+    Dataset.from_list(states).to_parquet(data.run / "data" / "states_critic.parquet")
+    seen = []
+    monkeypatch.setattr(methods, "fit_strength", lambda rows: seen.extend(rows["problem_id"]) or 4.0)
+    methods.states_by("shrinkage", data)
+    assert seen == ["10", "20"]
 
 
 def test_step_pairs_have_no_end_token_in_the_middle():
