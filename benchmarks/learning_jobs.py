@@ -101,8 +101,9 @@ class Data:
         return self.folder / "run"
 
     def make(self) -> None:
-        """Sample what is not there yet."""
-        dapo_trl("score", self.task, self.seed, self.run, "--values", "critic", *self.arguments)
+        """Sample what is not there yet. What a weak critic is worth is measured, not refused."""
+        given = ("--values", "critic", "--allow_unfit_critic", "true", *self.arguments)
+        dapo_trl("score", self.task, self.seed, self.run, *given)
 
     @property
     def tokens(self) -> int:

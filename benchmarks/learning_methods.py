@@ -128,6 +128,7 @@ def train_twice(source: str, data: Data, settings: dict[str, Any]) -> Trained:
     folder = data.folder / f"two-{source}-{names}"
     half = str(data.task.settings["num_train_problems"] // 2)
     given = ["--values", source, "--iterations", "2", "--num_train_problems", half, "--num_test_problems", "8"]
+    given += ["--allow_unfit_critic", "true"]  # as for one iteration
     given += [word for name, value in settings.items() for word in (f"--policy.{name}", str(value))]
     dapo_trl("run", data.task, data.seed, folder, *given)
     last = folder / "iteration-2"

@@ -9,6 +9,7 @@ from conftest import make_critic, make_tokenizer
 from dapo_trl import StepCriticConfig, StepCriticTrainer
 from dapo_trl.critic_rows import candidate_solutions
 from dapo_trl.formats import check_dataset
+from dapo_trl.tokenized_rows import tokenize_critic_row
 
 
 KEPT = {
@@ -68,6 +69,14 @@ def test_ids_are_the_sampled_ones():
     rows = candidate_solutions(Dataset.from_list([state]), Dataset.from_list([kept]))
     assert rows["completions_ids"] == [[[4, 2]]]
     assert rows["prompt_ids"] == [[9]]
+
+
+def test_a_step_in_the_middle_does_not_end_the_solution():
+    """Without ids text is tokenized, and no end token follows a step that others follow."""
+    tokenizer, kept = make_tokenizer(), {name: value for name, value in KEPT.items() if name != "truncated"}
+    rows = candidate_solutions(Dataset.from_list(STATES), Dataset.from_list([kept]))
+    last = [tokenize_critic_row(row, tokenizer)["branches"][0][-1] for row in rows]
+    assert [tokenizer.decode(ids) for ids in last] == ["4\n", "5\n"]
 
 
 def test_the_same_step_of_another_problem_is_not_taken():

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html.parser
 import json
+import math
 import os
 import random
 import re
@@ -19,15 +20,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from matplotlib.image import imread
 
 import dapo_trl.report
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_tokenizer
 from dapo_trl.cli import main
 from dapo_trl.diagnosis import diagnose
 from dapo_trl.inspection import color
 from dapo_trl.intervals import Estimate
+from dapo_trl.preprocessing import prepare_policy_dataset
 from dapo_trl.report import write_report
+from dapo_trl.report_results import _curves
 
 
 HOSTILE = (
@@ -230,6 +234,8 @@ def test_every_count_of_the_library_has_a_meaning():
         (REPOSITORY / "src" / "dapo_trl" / f"{name}.py").read_text() for name in ("rollouts", "state_tree")
     )
     named = set(re.findall(r'(?:counts|left_out)\["([a-z_]+)"\]', source)) | set(_COUNTS)
+    rows = Dataset.from_list([{"prompt": "1+1=", "prefix": [], "candidates": ["2", "3"], "advantages": [0.5, -0.5]}])
+    named |= prepare_policy_dataset(rows, make_tokenizer())[1].keys()
     assert len(named) > 15
     assert named <= MEANINGS.keys()
 
@@ -343,6 +349,28 @@ def test_iterations(tmp_path):
     assert text.count("Iteration 2, Problem p") == 4
     assert "critic values, not trained on" in text
     assert "Iteration 3" not in text
+
+
+def test_outcomes_that_are_all_alike(copied):
+    """A critic without skill to speak of has none in the head of the page."""
+    path = copied / "data" / "solutions_critic.parquet"
+    rows = pq.read_table(path).to_pylist()
+    write_rows(path, [row | {"mc_successes": [float(number) for number in row["mc_rollouts"]]} for row in rows])
+    text = shown(copied)
+    assert "All outcomes are alike" in text
+    assert "Skill of the critic" not in text
+
+
+def test_zero_is_a_point_of_a_curve():
+    """A learning rate begins and ends with it; what is not a number, or is not there, is none."""
+    rates = [0.0, 1e-4, None, math.nan, 0.0]
+    figure = _curves("Rate", {"learning_rate": "rate"}, [{"step": n, "learning_rate": r} for n, r in enumerate(rates)])
+    assert figure.description == "rate from 0 to 0"
+    assert [mark[2] for mark in figure.marks if mark[0] == "circle"] == [
+        "rate: 0 at 0",
+        "rate: 0.0001 at 1",
+        "rate: 0 at 4",
+    ]
 
 
 def test_too_few_problems_for_a_critic(copied):

@@ -9,7 +9,7 @@ drawn anyway, and say as much of them as of any other state.
 from collections.abc import Iterator
 from typing import Any
 
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Value
 
 
 Row = dict[str, Any]
@@ -29,9 +29,10 @@ def candidate_solutions(states: Dataset, solutions: Dataset) -> Dataset:
             The kept solutions of the same problems, with `problem_id`.
 
     Returns:
-        [`~datasets.Dataset`]: rows with the columns of `solutions`. `completions` are the steps before the candidate,
-        and the candidate; `mc_rollouts` are 0 but for its state, so that [`~dapo_trl.StepCriticTrainer`] learns of that
-        one only. `reward` is its value, as of a solution whose end nobody knows.
+        [`~datasets.Dataset`]: rows with the columns of `solutions`, and `truncated`. `completions` are the steps before
+        the candidate, and the candidate; `mc_rollouts` are 0 but for its state, so that
+        [`~dapo_trl.StepCriticTrainer`] learns of that one only. `reward` is its value, as of a solution whose end
+        nobody knows: no end token belongs to it, so that it is `truncated`.
 
     Raises:
         ValueError: if a column is missing.
@@ -62,12 +63,13 @@ def candidate_solutions(states: Dataset, solutions: Dataset) -> Dataset:
         for problem, steps in zip(solutions["problem_id"], solutions["completions"], strict=True)
         for depth in range(len(steps))
     }
-    columns: dict[str, list[Any]] = {name: [] for name in solutions.column_names}
+    features = Features({**solutions.features, "truncated": Value("bool")})
+    columns: dict[str, list[Any]] = {name: [] for name in features}
     for state in states:
         for row in _rows(state, taken):
             for name, column in columns.items():
                 column.append(row.get(name))
-    return Dataset.from_dict(columns, features=Features(solutions.features))
+    return Dataset.from_dict(columns, features=features)
 
 
 def _rows(state: Row, taken: set[tuple[str, ...]]) -> Iterator[Row]:
@@ -85,7 +87,7 @@ def _rows(state: Row, taken: set[tuple[str, ...]]) -> Iterator[Row]:
             "mc_successes": [0.0] * before + [state["mc_successes"][place]],
             "mc_rollouts": [0] * before + [state["mc_rollouts"][place]],
             "reward": value,
-            "truncated": False,
+            "truncated": True,
         }
         if state.get("candidates_ids") is not None:
             row["completions_ids"] = [*state["prefix_ids"], state["candidates_ids"][place]]

@@ -119,8 +119,7 @@ def _cards(accuracies: list[Accuracy], critics: list[Critic], stages: list[dict[
             ("Greedy accuracy", f"{before} → {number}", row.label)
             for number, row in list(zip(after, accuracies[1:], strict=True))[-2:]
         ] or [("Greedy accuracy", before, "before training")]
-    if critics and (found_last := critics[-1].diagnosis):
-        skill = found_last.measures["skill"]
+    if critics and (last := critics[-1].diagnosis) and (skill := last.measures.get("skill")):
         found.append(("Skill of the critic", f"{skill.mean:.1%}", f"95%: {skill.low:.1%} to {skill.high:.1%}"))
     seconds, tokens = (sum(stage[name] for stage in stages) for name in ("seconds", "tokens"))
     found.append(("Tokens generated", _short(tokens), f"{tokens:,}"))

@@ -174,7 +174,7 @@ def _training(folder: Path, title: str) -> Training:
 
 def _curves(title: str, names: dict[str, str], history: list[dict[str, Any]]) -> Figure | None:
     series = {
-        label: [(row["step"], row[name]) for row in history if math.isfinite(row.get(name) or math.nan)]
+        label: [(row["step"], row[name]) for row in history if row.get(name) is not None and math.isfinite(row[name])]
         for name, label in names.items()
     }
     known = {label: points for label, points in series.items() if points}

@@ -36,6 +36,8 @@ LEFT_OUT = {
     "steps_truncated": "steps that did not fit into `max_length`",
     "rows_too_long": "rows of which no step fits into `max_length`",
     "rows_without_contrast": "states whose advantages differ by less than `min_advantage_gap`",
+    "steps_unreliable": "next steps whose advantage is less reliable than `min_reliability`",
+    "rows_unreliable": "states of which no next step is more reliable than that",
     "targets_unreachable": "steps trained on whose target is a probability above 1: `beta` is small for these data",
     "ids_rebuilt": "completions whose token ids were made from their text",
     "ids_not_round_trip": "completions whose text gives other ids",
