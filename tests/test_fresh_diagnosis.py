@@ -123,7 +123,7 @@ def scored(commands, tmp_path_factory):
 def test_of_a_run(commands, tmp_path, scored):
     """By its recipe; kept beside it, apart from the gate's own, and not drawn again."""
     folder = Path(shutil.copytree(scored, tmp_path / "run"))
-    gate = (folder / "data" / "diagnosis.json").read_bytes()
+    gate, figure = ((folder / name).read_bytes() for name in ("data/diagnosis.json", "calibration.png"))
     command = ("diagnose", RECIPE, *SMALL, "--output_dir", folder, "--num_completions", "32")
     code, text = commands.run(*command, output=tmp_path / "log")
     assert code == 0, text[-3000:]
@@ -133,6 +133,7 @@ def test_of_a_run(commands, tmp_path, scored):
     assert found["num_problems"] == json.loads(gate)["num_problems"]
     assert found["num_pairs"] > json.loads(gate)["num_pairs"]  # more can be told apart
     assert (folder / "data" / "diagnosis.json").read_bytes() == gate
+    assert (folder / "calibration.png").read_bytes() == figure != (place / "calibration.png").read_bytes()
     done = {path: path.stat().st_mtime_ns for path in place.glob("shards/*")}
     assert commands.run(*command, output=tmp_path / "log")[0] == 0
     assert {path: path.stat().st_mtime_ns for path in place.glob("shards/*")} == done

@@ -11,7 +11,7 @@ from conftest import CHAT_TEMPLATE, make_critic, make_tokenizer
 from dapo_trl import StepCriticTrainer
 from dapo_trl.cli import main
 from dapo_trl.first_errors import evaluate_first_errors
-from dapo_trl.processbench import evaluate_critic, load_processbench, processbench_rows
+from dapo_trl.processbench import _find_critic, evaluate_critic, load_processbench, processbench_rows
 from dapo_trl.readers import read_processbench
 from test_step_critic_trainer import config
 
@@ -81,6 +81,17 @@ def test_a_run_knows_its_template(files, critic):
     ]
     assert found[0] == found[1] == found[2]
     assert found[0] != evaluate_critic(str(critic), files[0], files[1:], prompt_template="{question} Say it: ")
+
+
+def test_of_several_iterations_the_last_critic_that_is_trained(tmp_path):
+    places = [tmp_path / part / "critic" for part in ("", "iteration-2", "iteration-3")]
+    for place in places:
+        place.mkdir(parents=True)
+    assert _find_critic(str(tmp_path), "{question}")[0] == str(places[2])
+    for place in places[:2]:
+        (place / "stage.json").touch()
+    assert _find_critic(str(tmp_path), "{question}")[0] == str(places[1])
+    assert _find_critic("some/critic", "{question}")[0] == "some/critic"
 
 
 def test_a_folder_of_a_download(tmp_path, files):

@@ -42,7 +42,7 @@ class CalibrationBin:
     Attributes:
         value (`float`):
             Mean value by the critic, weighted by rollouts.
-        outcome ([`~dapo_trl.evaluation.Estimate`]):
+        outcome ([`~dapo_trl.intervals.Estimate`]):
             Mean outcome, with its 95% interval. Of a calibrated critic it is the value.
         num_problems (`int`), num_states (`int`):
             How many. Of few problems, the interval says nothing.

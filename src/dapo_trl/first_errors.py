@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dapo_trl.evaluation import Estimate
+from dapo_trl.intervals import Estimate
 
 
 RULES = ("drop", "value")

@@ -52,7 +52,8 @@ def diagnose_afresh(recipe: "Recipe", num_completions: int, max_problems: int | 
     Measure the critic of a run against fresh completions, drawn from the run's generator with seeds that no run has.
 
     Every state of the held-out solutions gets them, and every state that a candidate leads to. They are kept beside the
-    run in `diagnosis/`, with the result: what was killed goes on there, and what is done is not drawn again.
+    run in `diagnosis/`, with the result and its figure: what was killed goes on there, and what is done is not drawn
+    again.
 
     Args:
         recipe ([`~dapo_trl.recipe.Recipe`]):
@@ -82,7 +83,7 @@ def diagnose_afresh(recipe: "Recipe", num_completions: int, max_problems: int | 
     found = diagnose(*with_counts(solutions, states, counts))
     if is_main:
         write_atomically(folder / "diagnosis.json", dump_json(record(found)))
-        draw_calibration(found.calibration, data.parent / "calibration.png")
+        draw_calibration(found.calibration, folder / "calibration.png")
     return found
 
 

@@ -12,7 +12,7 @@ class Estimate:
 
     Attributes:
         mean (`float`):
-            The estimate, in [0, 1].
+            The estimate, in [0, 1] for shares.
         low (`float`), high (`float`):
             Ends of the 95% percentile bootstrap interval.
 

@@ -15,7 +15,7 @@ from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
 
-from dapo_trl.files import read_json
+from dapo_trl.files import numbered_folders, read_json
 from dapo_trl.first_errors import RULES, FirstErrors, evaluate_first_errors
 from dapo_trl.readers import read_processbench
 from dapo_trl.run_folder import model_path
@@ -103,7 +103,7 @@ def evaluate_critic(
 
     Args:
         critic (`str`):
-            Critic by name or path, or the folder of a run.
+            Critic by name or path, or the folder of a run: of several iterations the last that has one.
         fit (`str`):
             Part that the thresholds are chosen on, see [`load_processbench`]. The authors take `"gsm8k"`.
         test (sequence of `str`):
@@ -196,8 +196,10 @@ def dump_processbench(found: dict[str, Any]) -> str:
 def _find_critic(critic: str, prompt_template: str | None) -> tuple[str, str]:
     """Where the critic is, and how questions are put to it."""
     folder = Path(critic)
-    is_run = (folder / "critic").is_dir()
-    results = (folder if is_run else folder.parent) / "results.json"
+    iterations = (path / "critic" for path in (folder, *(path for _, path in numbered_folders(folder, "iteration"))))
+    of_run = [path for path in iterations if path.is_dir()]
+    trained = [path for path in of_run if (path / "stage.json").exists()] or of_run  # the last may be under way
+    results = (folder if of_run else folder.parent) / "results.json"
     if prompt_template is None and results.is_file():
         arguments = read_json(results, ["arguments"], cure="Give `--prompt_template`")["arguments"]
         prompt_template = arguments.get("prompt_template")
@@ -208,7 +210,7 @@ def _find_critic(critic: str, prompt_template: str | None) -> tuple[str, str]:
         )
     if "{question}" not in prompt_template:
         raise SettingsError(f"`prompt_template` must contain {{question}}, got {prompt_template!r}.")
-    return model_path(folder / "critic") if is_run else critic, prompt_template
+    return model_path(trained[-1]) if trained else critic, prompt_template
 
 
 def _config(folder: str, batch_size: int) -> StepCriticConfig:
