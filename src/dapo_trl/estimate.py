@@ -135,7 +135,8 @@ class _Plan:
         num_rows, tree = float(self.arguments.num_kept), self.kept_tokens
         if self.arguments.critic_states == "candidates":  # each a row of its own, whose last step alone is new
             num_candidates = self.num_rows * self.assumed.siblings
-            num_rows, tree = num_rows + num_candidates, tree + num_candidates * self.solution_tokens / self.assumed.steps
+            num_rows += num_candidates
+            tree += num_candidates * self.solution_tokens / self.assumed.steps
         tokens = num_problems * self._row_tokens(given, num_rows, tree, self.solution_tokens)
         tokens *= self._passes(given, num_problems * num_rows)
         return self._training(tokens, 0.0, self.assumed.critic_parameters, given)
