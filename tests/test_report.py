@@ -351,6 +351,15 @@ def test_iterations(tmp_path):
     assert "Iteration 3" not in text
 
 
+def test_of_one_iteration(tmp_path):
+    """Its folder has no accuracy before training; what there is, is not taken for that."""
+    write_run(tmp_path / "run", ("critic",), "iteration-2")
+    text = shown(tmp_path / "run" / "iteration-2")
+    assert "Greedy accuracy 61.0% trained on critic values" in text
+    assert "before training" not in text
+    assert "No policy has been trained" not in text
+
+
 def test_outcomes_that_are_all_alike(copied):
     """A critic without skill to speak of has none in the head of the page."""
     path = copied / "data" / "solutions_critic.parquet"

@@ -113,12 +113,14 @@ def _contents(folder: Path) -> dict[str, Any]:
 def _cards(accuracies: list[Accuracy], critics: list[Critic], stages: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The most important numbers: title, number and what it is."""
     found: list[tuple[str, ...]] = []
-    if accuracies:
-        before, *after = (f"{row.estimate('greedy').mean:.1%}" for row in accuracies)
-        found += [
-            ("Greedy accuracy", f"{before} → {number}", row.label)
-            for number, row in list(zip(after, accuracies[1:], strict=True))[-2:]
-        ] or [("Greedy accuracy", before, "before training")]
+    numbers = [(f"{row.estimate('greedy').mean:.1%}", row) for row in accuracies]
+    if numbers and numbers[0][1].style == "before":  # the folder of a later iteration has none
+        before = numbers.pop(0)[0]
+        found += [("Greedy accuracy", f"{before} → {number}", row.label) for number, row in numbers[-2:]] or [
+            ("Greedy accuracy", before, "before training")
+        ]
+    else:
+        found += [("Greedy accuracy", number, row.label) for number, row in numbers[-2:]]
     if critics and (last := critics[-1].diagnosis) and (skill := last.measures.get("skill")):
         found.append(("Skill of the critic", f"{skill.mean:.1%}", f"95%: {skill.low:.1%} to {skill.high:.1%}"))
     seconds, tokens = (sum(stage[name] for stage in stages) for name in ("seconds", "tokens"))
