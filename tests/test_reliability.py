@@ -138,6 +138,14 @@ def test_reliabilities_stay_with_their_candidates(tmp_path, tokenizer):
     assert trainer.train_dataset["advantages"][:] == [[-0.3, 0.1]]
 
 
+def test_one_candidate_left_of_two_rows_of_a_state(tmp_path, tokenizer):
+    """There is nothing to compare it with anew: it keeps its advantage."""
+    row = {"prompt": "1+1=", "prefix": [], "candidates": ["2", "3"], "values": [1.0, 0.0], "counts": [1, 1]}
+    rows = [row | {"reliabilities": [0.9, 0.1]}, row | {"candidates": ["4", "5"], "reliabilities": [0.1, 0.2]}]
+    trainer = make_trainer(tmp_path, tokenizer, rows, min_reliability=0.5, min_advantage_gap=0.0)
+    assert trainer.train_dataset["advantages"][:] == [[0.5]]
+
+
 def test_reference_of_what_is_left_out_is_not_computed(tmp_path, tokenizer):
     """It is null in the rows that are given back, which fit the same option again and no smaller one."""
     rows = [state(advantages=[0.5, -0.2, -0.3], reliabilities=[0.9, 0.1, 0.8])]

@@ -286,7 +286,7 @@ def _merge_states(tokenized: Dataset) -> tuple[Dataset, int]:
                 merged[column] = [value for row in rows for value in row[column]]
         for column in ("num_branches", "removed", "unreliable", "steps"):
             merged[column] = sum(row[column] for row in rows)
-        if "values" in merged:  # the mean is over the candidates of all rows
+        if len(merged.get("values", [])) > 1:  # the mean is over the candidates of all rows
             merged["advantages"] = sibling_advantages(merged["values"], merged["counts"]).tolist()
         return merged | {"length": max(row["length"] for row in rows)}
 
