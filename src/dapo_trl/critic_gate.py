@@ -15,9 +15,10 @@ _NEEDED = (
     f"doubt if there are {ENOUGH_PROBLEMS} problems or more."
 )
 _CURES = (
-    "Try more data (`num_train_problems`, `num_completions`), another base model (`critic_model_name_or_path`), "
-    "another learning rate or number of epochs (`critic.learning_rate`, `critic.num_train_epochs`), in another "
-    "`output_dir` or after deleting `critic` and `data` of this one; or do without the critic: `values: monte_carlo`, "
+    "Try more data (`num_train_problems`, `num_completions`) in another `output_dir`; or another base model "
+    "(`critic_model_name_or_path`), learning rate or number of epochs (`critic.learning_rate`, "
+    "`critic.num_train_epochs`), there or, after deleting `critic` and `data`, here; or do without the critic: "
+    "`values: monte_carlo`, "
     "or `values: shrinkage`, which then shrinks towards the mean outcome. With `allow_unfit_critic: true` the same "
     "command goes on with this critic from here."
 )
