@@ -40,6 +40,7 @@ from dapo_trl.diagnostics import TOLD_APART
 from dapo_trl.fresh_diagnosis import with_counts
 from dapo_trl.run_folder import held_out_problems
 from dapo_trl.values import Counts
+from learning_report import interval
 from recording import REPOSITORY, machine, versions, write_between
 
 
@@ -178,10 +179,9 @@ def by_frequency(folders: list[Path]) -> dict[str, dict]:
 
 
 def over_seeds(runs: dict[str, dict], kind: str, place: str, name: str) -> tuple[float, float]:
-    """Mean over the seeds, and the half-width of its 95% interval (Student's t of ten seeds)."""
-    values = np.array([run[kind][place]["measures"][name]["mean"] for run in runs.values()])
-    half = 2.26 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return float(values.mean()), float(half)
+    """Mean over the seeds, and the half-width of its 95% interval (Student's t)."""
+    mean, half = interval([run[kind][place]["measures"][name]["mean"] for run in runs.values()])
+    return mean / 100, half / 100
 
 
 def refused_table(runs: dict[str, dict]) -> str:

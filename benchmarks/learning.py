@@ -28,7 +28,7 @@ from recording import REPOSITORY, machine, versions, write_between
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEED = 100  # of the data with which settings are chosen
-RATES, FACTOR = (1e-4, 2.5e-4, 6e-4, 1.5e-3), 2.5
+RATES, FACTOR = (4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3), 2.5
 MAX_EXTENSIONS = 2  # of either grid, where the best value is at an end of it
 BETAS = ("beta", (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 0.1)
 # After the learning rate, one more setting of each method: its name, the values in their order, and that with which the

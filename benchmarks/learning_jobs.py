@@ -22,6 +22,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from dapo_trl.files import write_atomically
 from recording import REPOSITORY
 
 
@@ -234,7 +235,7 @@ def run_job(job: Job, folder: Path) -> None:
     }
     path = job.path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2))
+    write_atomically(path, json.dumps(result, indent=2))
     print(
         f"{path.parent.parent.name} {path.stem}: greedy {result['greedy']:.3f}, mean@8 {result['mean@8']:.3f}",
         flush=True,
