@@ -3,11 +3,11 @@ Is this better than what people do today? The same student, problems and number 
 
     python benchmarks/learning.py [--tasks arithmetic word_problems] [--seeds 0 1 2 3 4] [--output_dir runs/learning]
 
-Every method has the same grid of learning rates (`RATES`) and, after it, values of one other setting (`SECOND`), both
-with up to two more where the best is at an end of them, chosen on validation problems with the data of one seed that is
-not reported. Then each seed has problems, samples, critic and training of its own, and is evaluated on the same
-1,024 test problems, none of which anything was trained on: greedily, and 8 samples a problem at temperature 1.
-Intervals are Student's t over seeds; differences are paired: of the same seed.
+Every method is tuned in the same way, on validation problems with the data of one seed that is not reported: five
+learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of learning rates and
+one other setting (`RATES`, `SECOND`). Then each seed has problems, samples, critic and training of its own, and is
+evaluated on the same 1,024 test problems, none of which anything was trained on: greedily, and 8 samples a problem at
+temperature 1. Intervals are Student's t over seeds; differences are paired: of the same seed.
 
 A benchmark that was killed goes on where it was. Writes `benchmarks/results/learning.json`, the tables in
 `benchmarks/README.md` and `README.md`, and `docs/images/learning.png`.
@@ -28,13 +28,12 @@ from recording import REPOSITORY, machine, versions, write_between
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEED = 100  # of the data with which settings are chosen
-RATES, FACTOR = (4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3), 2.5
-MAX_EXTENSIONS = 2  # of either grid, where the best value is at an end of it
+RATES = (1.6e-5, 4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 3.7e-3)
+FIRST = RATES[1:-1]  # tried with the default of the other setting, before the search goes on from the best
 BETAS = ("beta", (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 0.1)
-# After the learning rate, one more setting of each method: its name, the values in their order, and that with which the
-# rates are tried. Its neighbours are tried, and those beyond as long as the best one is at an end of what was tried.
+# The other setting of each method: its name, its values in their order, and its default.
 SECOND: dict[str, tuple[str, tuple[float, ...], float]] = {
-    "rft": ("num_train_epochs", (1, 2, 3, 5), 1),
+    "rft": ("num_train_epochs", (1, 2, 3, 5, 8), 1),
     "dpo": BETAS,
     "step_dpo": BETAS,
     "kto": BETAS,
@@ -43,53 +42,50 @@ SECOND: dict[str, tuple[str, tuple[float, ...], float]] = {
     "shrinkage": BETAS,
     "monte_carlo": BETAS,
 }
+MAX_ROUNDS = 5  # of the search
 TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
 
 
 def tune(task: str, folder: Path, num_processes: int) -> dict[str, dict[str, Any]]:
-    """Settings of each method, by the mean@8 of validation problems; with all that was tried."""
-    base = [Job(task, TUNING_SEED, method, "validation") for method in SECOND]
-    firsts = [[_with_rate(job, rate) for rate in RATES] for job in base]
-    run_jobs([job for group in firsts for job in group], folder, num_processes)
-    for _ in range(MAX_EXTENSIONS):
-        for group in firsts:
-            group += _beyond(group, folder)
-        run_jobs([job for group in firsts for job in group], folder, num_processes)
-    for _ in range(MAX_EXTENSIONS + 1):
-        for group in firsts:
+    """
+    Settings of each method, by the mean@8 of validation problems; with all that was tried.
+
+    From the best learning rate, both settings go on to their neighbours on the grid as long as one of these is better.
+    """
+    groups = [
+        [Job(task, TUNING_SEED, method, "validation", {"learning_rate": rate}) for rate in FIRST] for method in SECOND
+    ]
+    run_jobs([job for group in groups for job in group], folder, num_processes)
+    for _ in range(MAX_ROUNDS):
+        for group in groups:
             group += _neighbours(group, folder)
-        run_jobs([job for group in firsts for job in group], folder, num_processes)
+        run_jobs([job for group in groups for job in group], folder, num_processes)
     return {
         group[0].method: {
             "chosen": _best(group, folder)["settings"],
             "tried": [_kept(result) for result in run_jobs(group, folder, num_processes)],
         }
-        for group in firsts
+        for group in groups
     }
 
 
-def _with_rate(job: Job, rate: float) -> Job:
-    return replace(job, settings={"learning_rate": float(f"{rate:.2g}")})
-
-
-def _beyond(group: list[Job], folder: Path) -> list[Job]:
-    """The next learning rate, where the best one is at an end of those that were tried."""
-    rates = sorted(job.settings["learning_rate"] for job in group)
-    best = _best(group, folder)["settings"]["learning_rate"]
-    if best == rates[0]:
-        return [_with_rate(group[0], best / FACTOR)]
-    return [_with_rate(group[0], best * FACTOR)] if best == rates[-1] else []
-
-
 def _neighbours(group: list[Job], folder: Path) -> list[Job]:
-    """The best settings with the values of the second setting next to its own that were not tried."""
+    """The settings next to the best ones that were not tried."""
     name, values, default = SECOND[group[0].method]
-    best = _best(group, folder)["settings"]
-    place = values.index(best.get(name, default))
-    tried = [job.settings for job in group]
-    near = [best | {name: values[other]} for other in (place - 1, place + 1) if 0 <= other < len(values)]
-    new = [settings for settings in near if settings not in tried and settings[name] != default]
-    return [replace(group[0], settings=settings) for settings in new]
+    best = {name: default} | _best(group, folder)["settings"]
+    tried = [{name: default} | job.settings for job in group]
+    near = [
+        best | {axis: grid[place]}
+        for axis, grid in (("learning_rate", RATES), (name, values))
+        for place in (grid.index(best[axis]) - 1, grid.index(best[axis]) + 1)
+        if 0 <= place < len(grid)
+    ]
+    new = [settings for settings in near if settings not in tried]
+    return [replace(group[0], settings=_without_default(settings, name, default)) for settings in new]
+
+
+def _without_default(settings: dict[str, Any], name: str, default: float) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if (key, value) != (name, default)}
 
 
 def _best(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:

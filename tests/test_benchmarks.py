@@ -2,6 +2,7 @@
 What the comparison with other methods rests on: what each of them is trained on, and the statistics of its tables.
 """
 
+import json
 import sys
 from itertools import pairwise
 
@@ -107,6 +108,34 @@ def test_a_job_is_told_from_every_other(tmp_path):
         learning_jobs.Job("arithmetic", 0, "dpo", "test", {"beta": 0.1}, ("--num_kept", "2")),
     ]
     assert len({each.path(tmp_path) for each in [job, *others]}) == 7
+
+
+def test_tuning_goes_on_to_better_neighbours(tmp_path, monkeypatch):
+    """
+    By hand: the best of the five rates is 1e-4. A hill at rate 6e-4 and beta 1 is found from there step by step, and
+    its four neighbours are the last that are tried.
+    """
+    import learning
+
+    def score(settings):
+        rate, beta = learning.RATES.index(settings["learning_rate"]), learning.BETAS[1].index(settings.get("beta", 0.1))
+        return -abs(rate - 4) - abs(beta - 5) - 10 * (beta == 3) * abs(rate - 2)
+
+    def run_jobs(jobs, folder, num_processes):
+        for job in jobs:
+            path = job.path(folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result = {"settings": job.settings, "mean@8": score(job.settings), "greedy": 0, "pass@8": 0, "tokens": 0}
+            path.write_text(json.dumps(result | {"training_seconds": 0}))
+        return [json.loads(job.path(folder).read_text()) for job in jobs]
+
+    monkeypatch.setattr(learning, "run_jobs", run_jobs)
+    monkeypatch.setattr(learning, "SECOND", {"dpo": learning.BETAS})
+    found = learning.tune("arithmetic", tmp_path, 1)["dpo"]
+    assert found["chosen"] == {"learning_rate": 6e-4, "beta": 1.0}
+    tried = [tuple(result["settings"].items()) for result in found["tried"]]
+    assert len(tried) == len(set(tried)) <= 5 + 4 * learning.MAX_ROUNDS
+    assert not any("beta" in result["settings"] and result["settings"]["beta"] == 0.1 for result in found["tried"])
 
 
 def task(**by_method: list[float]) -> dict:
