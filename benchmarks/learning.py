@@ -4,10 +4,10 @@ Is this better than what people do today? The same student, problems and number 
     python benchmarks/learning.py [--tasks arithmetic word_problems] [--seeds 0 1 2 3 4] [--output_dir runs/learning]
 
 Every method is tuned in the same way, on validation problems with the data of one seed that is not reported: five
-learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of learning rates and
-one other setting (`RATES`, `SECOND`). Then each seed has problems, samples, critic and training of its own, and is
-evaluated on the same 1,024 test problems, none of which anything was trained on: greedily, and 8 samples a problem at
-temperature 1. Intervals are Student's t over seeds; differences are paired: of the same seed.
+learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its settings
+(`AXES`: learning rate, beta, how long it trains). Then each seed has problems, samples, critic and training of its own,
+and is evaluated on the same 1,024 test problems, none of which anything was trained on: greedily, and 8 samples a
+problem at temperature 1. Intervals are Student's t over seeds; differences are paired: of the same seed.
 
 A benchmark that was killed goes on where it was. Writes `benchmarks/results/learning.json`, the tables in
 `benchmarks/README.md` and `README.md`, and `docs/images/learning.png`.
@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from learning_jobs import NUM_TEST, NUM_VALIDATION, TASKS, Job, K, data_of, run_jobs
 from learning_report import details, draw, short, table
@@ -29,20 +29,32 @@ from recording import REPOSITORY, machine, versions, write_between
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEED = 100  # of the data with which settings are chosen
 RATES = (1.6e-5, 4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 3.7e-3)
-FIRST = RATES[1:-1]  # tried with the default of the other setting, before the search goes on from the best
-BETAS = ("beta", (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 0.1)
-# The other setting of each method: its name, its values in their order, and its default.
-SECOND: dict[str, tuple[str, tuple[float, ...], float]] = {
-    "rft": ("num_train_epochs", (1, 2, 3, 5, 8), 1),
-    "dpo": BETAS,
-    "step_dpo": BETAS,
-    "kto": BETAS,
-    "grpo": ("num_iterations", (1, 2, 4), 1),
-    "critic": BETAS,
-    "shrinkage": BETAS,
-    "monte_carlo": BETAS,
+FIRST = RATES[1:-1]  # tried with the defaults of the other settings, before the search goes on from the best
+
+
+class Axis(NamedTuple):
+    """A setting, its values in their order, and its default."""
+
+    name: str
+    values: tuple[float, ...]
+    default: float | None = None
+
+
+BETA = Axis("beta", (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3, 1.0, 3.0), 0.1)
+PASSES = Axis("num_train_epochs", (1, 2, 3, 5, 8), 1)
+STEPS = Axis("max_steps", (40, 80, 160, 240, 320), 80)  # 2.5 passes over the states at 80 on the demo's task
+RATE = Axis("learning_rate", RATES)
+AXES: dict[str, tuple[Axis, ...]] = {
+    "rft": (RATE, PASSES),
+    "dpo": (RATE, BETA, PASSES),
+    "step_dpo": (RATE, BETA, PASSES._replace(default=2)),
+    "kto": (RATE, BETA, PASSES),
+    "grpo": (RATE, Axis("num_iterations", (1, 2, 4), 1)),
+    "critic": (RATE, BETA, STEPS),
+    "shrinkage": (RATE, BETA, STEPS),
+    "monte_carlo": (RATE, BETA, STEPS),
 }
-MAX_ROUNDS = 5  # of the search
+MAX_ROUNDS = 6  # of the search
 TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
 
 
@@ -50,10 +62,11 @@ def tune(task: str, folder: Path, num_processes: int) -> dict[str, dict[str, Any
     """
     Settings of each method, by the mean@8 of validation problems; with all that was tried.
 
-    From the best learning rate, both settings go on to their neighbours on the grid as long as one of these is better.
+    From the best learning rate, the search goes on to the neighbours on the grid, which differ in one setting, as long
+    as one of these is better.
     """
     groups = [
-        [Job(task, TUNING_SEED, method, "validation", {"learning_rate": rate}) for rate in FIRST] for method in SECOND
+        [Job(task, TUNING_SEED, method, "validation", {"learning_rate": rate}) for rate in FIRST] for method in AXES
     ]
     run_jobs([job for group in groups for job in group], folder, num_processes)
     for _ in range(MAX_ROUNDS):
@@ -71,21 +84,24 @@ def tune(task: str, folder: Path, num_processes: int) -> dict[str, dict[str, Any
 
 def _neighbours(group: list[Job], folder: Path) -> list[Job]:
     """The settings next to the best ones that were not tried."""
-    name, values, default = SECOND[group[0].method]
-    best = {name: default} | _best(group, folder)["settings"]
-    tried = [{name: default} | job.settings for job in group]
+    axes = AXES[group[0].method]
+    best = _complete(_best(group, folder)["settings"], axes)
+    tried = [_complete(job.settings, axes) for job in group]
     near = [
-        best | {axis: grid[place]}
-        for axis, grid in (("learning_rate", RATES), (name, values))
-        for place in (grid.index(best[axis]) - 1, grid.index(best[axis]) + 1)
-        if 0 <= place < len(grid)
+        best | {axis.name: axis.values[place]}
+        for axis in axes
+        for place in (axis.values.index(best[axis.name]) - 1, axis.values.index(best[axis.name]) + 1)
+        if 0 <= place < len(axis.values)
     ]
-    new = [settings for settings in near if settings not in tried]
-    return [replace(group[0], settings=_without_default(settings, name, default)) for settings in new]
+    return [replace(group[0], settings=_without_defaults(each, axes)) for each in near if each not in tried]
 
 
-def _without_default(settings: dict[str, Any], name: str, default: float) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if (key, value) != (name, default)}
+def _complete(settings: dict[str, Any], axes: Sequence[Axis]) -> dict[str, Any]:
+    return {axis.name: axis.default for axis in axes} | settings
+
+
+def _without_defaults(settings: dict[str, Any], axes: Sequence[Axis]) -> dict[str, Any]:
+    return {axis.name: settings[axis.name] for axis in axes if settings[axis.name] != axis.default}
 
 
 def _best(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:

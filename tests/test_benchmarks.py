@@ -112,14 +112,16 @@ def test_a_job_is_told_from_every_other(tmp_path):
 
 def test_tuning_goes_on_to_better_neighbours(tmp_path, monkeypatch):
     """
-    By hand: the best of the five rates is 1e-4. A hill at rate 6e-4 and beta 1 is found from there step by step, and
-    its four neighbours are the last that are tried.
+    By hand: with the default beta the best of the five rates is 1e-4. A hill at rate 2.5e-4 and beta 1 is found from
+    there step by step, one setting at a time, and nothing is tried twice.
     """
     import learning
 
+    rates, betas = learning.RATES, (0.1, 0.3, 1.0, 3.0)
+
     def score(settings):
-        rate, beta = learning.RATES.index(settings["learning_rate"]), learning.BETAS[1].index(settings.get("beta", 0.1))
-        return -abs(rate - 4) - abs(beta - 5) - 10 * (beta == 3) * abs(rate - 2)
+        rate, beta = rates.index(settings["learning_rate"]), betas.index(settings.get("beta", 0.1))
+        return -abs(rate - 3) - 3 * abs(beta - 2) if beta else -7 - abs(rate - 2)
 
     def run_jobs(jobs, folder, num_processes):
         for job in jobs:
@@ -130,12 +132,13 @@ def test_tuning_goes_on_to_better_neighbours(tmp_path, monkeypatch):
         return [json.loads(job.path(folder).read_text()) for job in jobs]
 
     monkeypatch.setattr(learning, "run_jobs", run_jobs)
-    monkeypatch.setattr(learning, "SECOND", {"dpo": learning.BETAS})
+    axes = (learning.RATE, learning.Axis("beta", betas, 0.1))
+    monkeypatch.setattr(learning, "AXES", {"dpo": axes})
     found = learning.tune("arithmetic", tmp_path, 1)["dpo"]
-    assert found["chosen"] == {"learning_rate": 6e-4, "beta": 1.0}
+    assert found["chosen"] == {"learning_rate": 2.5e-4, "beta": 1.0}
     tried = [tuple(result["settings"].items()) for result in found["tried"]]
     assert len(tried) == len(set(tried)) <= 5 + 4 * learning.MAX_ROUNDS
-    assert not any("beta" in result["settings"] and result["settings"]["beta"] == 0.1 for result in found["tried"])
+    assert not any(result["settings"].get("beta") == 0.1 for result in found["tried"])
 
 
 def task(**by_method: list[float]) -> dict:
