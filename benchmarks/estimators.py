@@ -8,7 +8,7 @@ begin with it or pass through it, `critic` by the critic alone, `shrinkage` by b
 from a pool of 512 of every state of the kept solutions of 80 validation problems, so that values can be compared with
 those of completions that no estimate has seen; the variance of these is subtracted. A critic comes from the demo's run
 of each seed, which has never seen these problems. Its prior strength is fitted on one half of them; errors are those of
-the other half, with bootstrap intervals over problems. The bare mean of every state's own completions is compared too.
+the other half, with bootstrap intervals over problems.
 
 Writes `benchmarks/results/estimators.json`, `docs/images/estimators.png` and the table in `benchmarks/README.md`.
 """
@@ -40,7 +40,7 @@ STYLES = {  # colours of Paul Tol's "bright" scheme
     "critic": ("#228833", "s", "critic"),
     "shrinkage": ("#ee6677", "D", "shrinkage"),
 }
-COLUMNS = ("mc_successes", "mc_rollouts", "counts", "candidates_ids")
+COLUMNS = ("mc_successes", "mc_rollouts", "counts")
 
 
 class Candidates:
@@ -57,7 +57,7 @@ class Candidates:
     """
 
     def __init__(self, bench: Bench, number: int, repeats: int) -> None:
-        self.scheme = Scheme("reuse", number)
+        scheme = Scheme("reuse", number)
         truths = CandidateTruths(bench.pool, bench.tokenizer)
         problems = list(dict.fromkeys(bench.pool.problems))
         self.rows: list[Row] = []
@@ -65,12 +65,12 @@ class Candidates:
         tokens_S = np.zeros(len(bench.pool.prefixes))
         for repeat in range(repeats):
             run = shuffle(bench.pool, repeat)
-            _, tokens, rows = estimate(self.scheme, bench.pool, bench.pool.rows, bench.tokenizer, run.order_SN)
+            _, tokens, rows = estimate(scheme, bench.pool, bench.pool.rows, bench.tokenizer, run.order_SN)
             tokens_S += tokens / repeats
             for row in rows:
                 self.rows.append(row)
                 for column, truth in truths.with_places(row, run):
-                    cells = [row[name][column] for name in COLUMNS[:3]]
+                    cells = [row[name][column] for name in COLUMNS]
                     found.append([*cells, *truth[3:5], problems.index(row["problem_id"])])
                     self.keys.append((state_of(row), tuple(row["candidates_ids"][column])))
         self.k, self.n, self.counts, self.truth, self.variance, problem = np.array(found, dtype=np.float64).T

@@ -37,11 +37,11 @@ from dapo_trl.critic_gate import UnfitCriticError, refuse_unfit
 from dapo_trl.diagnosing import diagnose_once, held_out_rows, record
 from dapo_trl.diagnosis import diagnose
 from dapo_trl.diagnostics import TOLD_APART
+from dapo_trl.files import write_atomically
 from dapo_trl.fresh_diagnosis import with_counts
 from dapo_trl.run_folder import held_out_problems
 from dapo_trl.values import Counts
-from learning_report import interval
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, interval, machine, versions, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
@@ -151,8 +151,7 @@ def measure_once(seed: int, folder: Path) -> dict:
     """The same, kept in the folder of the run."""
     path = folder / "gate.json"
     if not path.exists():
-        found = measure(seed, folder)
-        path.write_text(json.dumps(found, indent=2))
+        write_atomically(path, json.dumps(measure(seed, folder), indent=2))
     return json.loads(path.read_text())
 
 

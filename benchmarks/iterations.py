@@ -16,15 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, interval, machine, versions, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 METRICS = {"greedy": "greedy", "mean@4": "mean_at_k"}
-# Half-width of a 95% interval over this many seeds, in standard errors (Student's t).
-T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def run(seed: int, output_dir: Path) -> list[dict]:
@@ -52,9 +48,8 @@ def table(runs: dict[str, list[dict]]) -> str:
         lines.append(f"| {seed} | {' | '.join(cells)} |")
     cells = []
     for name in METRICS.values():
-        gains = np.array([100 * (second[name]["mean"] - first[name]["mean"]) for _, first, second in runs.values()])
-        half = T[len(gains)] * gains.std(ddof=1) / len(gains) ** 0.5
-        cells += ["", "", f"{gains.mean():+.1f} ± {half:.1f} on the first"]
+        mean, half = interval([second[name]["mean"] - first[name]["mean"] for _, first, second in runs.values()])
+        cells += ["", "", f"{mean:+.1f} ± {half:.1f} on the first"]
     return "\n".join([*lines, f"| mean | {' | '.join(cells)} |"])
 
 

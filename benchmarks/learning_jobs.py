@@ -112,6 +112,12 @@ class Data:
         manifests = [json.loads((self.run / part / "manifest.json").read_text()) for part in ("sampled", "values")]
         return sum(manifest["counts"]["tokens_generated"] for manifest in manifests)
 
+    @property
+    def tokens_per_solution(self) -> float:
+        """Mean length of the sampled solutions."""
+        sampled = json.loads((self.run / "sampled" / "manifest.json").read_text())
+        return sampled["counts"]["tokens_generated"] / sampled["rows"]["sampled"]
+
     def states(self) -> Dataset:
         """State rows with counts and the critic's values."""
         return Dataset.from_parquet(str(self.run / "data" / "states_critic.parquet"), cache_dir=self._cache)
@@ -134,10 +140,8 @@ class Data:
 
         settings = self.task.settings
         problems = self.task.problems("train", settings["num_train_problems"], self.seed)
-        sampled = json.loads((self.run / "sampled" / "manifest.json").read_text())["counts"]
-        mean = sampled["tokens_generated"] / (settings["num_train_problems"] * settings["num_solutions"])
         config = RolloutConfig(
-            num_solutions=round(self.tokens / len(problems) / mean),
+            num_solutions=round(self.tokens / len(problems) / self.tokens_per_solution),
             sampling=SamplingConfig(max_new_tokens=settings["max_new_tokens"]),
             seed=self.seed + 7_000_003,
         )
@@ -264,7 +268,7 @@ def run_in_processes(function: Callable[..., Any], arguments: list[tuple[Any, ..
     if not arguments:
         return
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ.update(variables | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "DAPO_TRL_QUIET": "1"})
+    os.environ.update(variables | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"})
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         for future in [pool.submit(function, *each) for each in arguments]:
             future.result()

@@ -7,7 +7,6 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -75,6 +74,13 @@ def arguments(data: Data, **given: Any) -> dict[str, Any]:
     } | given
 
 
+def train(kind: Any, config: Any, data: Data, rows: Dataset, tokens: int, **settings: Any) -> Trained:
+    """Train the student on rows, with a trainer and its configuration."""
+    model, tokenizer = load(data)
+    args = config(**arguments(data, **settings))
+    return finish(kind(model, args=args, train_dataset=rows, processing_class=tokenizer), tokens)
+
+
 def finish(trainer: Any, tokens: int) -> Trained:
     trainer.train()
     return Trained(make_engine((trainer.model, trainer.processing_class)), tokens)
@@ -109,17 +115,9 @@ def weigh_alike(row: Row) -> Row:
 
 def train_policy(source: str, data: Data, settings: dict[str, Any]) -> Trained:
     """One iteration: the policy of the recipe, on data that are there."""
-    model, tokenizer = load(data)
     reduction = settings.pop("reduction", "samples")
-    rows = states_by(source, data, reduction)
     policy = data.task.settings["policy"] | {"duplicate_weights": WEIGHTS[reduction]} | settings
-    trainer = DAPOTrainer(
-        model,
-        args=DAPOConfig(**arguments(data, **policy)),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
-    return finish(trainer, data.tokens)
+    return train(DAPOTrainer, DAPOConfig, data, states_by(source, data, reduction), data.tokens, **policy)
 
 
 def train_twice(source: str, data: Data, settings: dict[str, Any]) -> Trained:
@@ -163,14 +161,8 @@ def ids_of(row: Row) -> list[int]:
 def train_on_right_solutions(data: Data, settings: dict[str, Any]) -> Trained:
     """Rejection fine-tuning (RFT): SFT on the right solutions."""
     rows = data.solutions()
-    model, tokenizer = load(data)
-    trainer = SFTTrainer(
-        model,
-        args=SFTConfig(**arguments(data, **settings)),
-        train_dataset=Dataset.from_list(right_solutions(rows, data.seed)),
-        processing_class=tokenizer,
-    )
-    return finish(trainer, tokens_of(rows))
+    chosen = Dataset.from_list(right_solutions(rows, data.seed))
+    return train(SFTTrainer, SFTConfig, data, chosen, tokens_of(rows), **settings)
 
 
 def right_solutions(rows: list[Row], seed: int) -> list[Row]:
@@ -187,21 +179,11 @@ class TokenizedDPOTrainer(DPOTrainer):
         return dataset
 
 
-def train_by_dpo(data: Data, pairs: list[Row], settings: dict[str, Any], tokens: int) -> Trained:
-    model, tokenizer = load(data)
-    trainer = TokenizedDPOTrainer(
-        model,
-        args=DPOConfig(**arguments(data, **settings)),
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=tokenizer,
-    )
-    return finish(trainer, tokens)
-
-
 def train_on_solution_pairs(data: Data, settings: dict[str, Any]) -> Trained:
     """DPO on pairs of a right and a wrong solution."""
     rows = data.solutions()
-    return train_by_dpo(data, solution_pairs(rows, data.seed), settings, tokens_of(rows))
+    pairs = Dataset.from_list(solution_pairs(rows, data.seed))
+    return train(TokenizedDPOTrainer, DPOConfig, data, pairs, tokens_of(rows), **settings)
 
 
 def solution_pairs(rows: list[Row], seed: int) -> list[Row]:
@@ -216,8 +198,8 @@ def solution_pairs(rows: list[Row], seed: int) -> list[Row]:
 
 def train_on_step_pairs(data: Data, settings: dict[str, Any]) -> Trained:
     """Step-DPO: the state is the prompt; the best of its next steps by Monte Carlo against the worst."""
-    pairs = step_pairs(states_by("monte_carlo", data))
-    return train_by_dpo(data, pairs, {"num_train_epochs": 2} | settings, data.tokens)
+    pairs = Dataset.from_list(step_pairs(states_by("monte_carlo", data)))
+    return train(TokenizedDPOTrainer, DPOConfig, data, pairs, data.tokens, **{"num_train_epochs": 2} | settings)
 
 
 def step_pairs(states: Iterable[Row]) -> list[Row]:
@@ -241,14 +223,8 @@ def step_pairs(states: Iterable[Row]) -> list[Row]:
 def train_on_labels(data: Data, settings: dict[str, Any]) -> Trained:
     """KTO: single solutions, right or wrong."""
     rows = data.solutions()
-    model, tokenizer = load(data)
-    trainer = KTOTrainer(
-        model,
-        args=KTOConfig(**arguments(data, **settings)),
-        train_dataset=Dataset.from_list(labelled_solutions(rows, data.seed)),
-        processing_class=tokenizer,
-    )
-    return finish(trainer, tokens_of(rows))
+    labelled = Dataset.from_list(labelled_solutions(rows, data.seed))
+    return train(KTOTrainer, KTOConfig, data, labelled, tokens_of(rows), **settings)
 
 
 def labelled_solutions(rows: list[Row], seed: int) -> list[Row]:
@@ -285,7 +261,6 @@ def train_online(data: Data, settings: dict[str, Any]) -> Trained:
     """GRPO with the token-mean loss and decoupled clipping of ByteDance's DAPO (2503.14476): online."""
     task, counter = data.task, StopAtBudget(data.tokens)
     batch = 4 * BATCH
-    mean = tokens_per_solution(data.run)
     given = {
         "loss_type": "dapo",
         "beta": 0.0,
@@ -296,7 +271,7 @@ def train_online(data: Data, settings: dict[str, Any]) -> Trained:
         "per_device_train_batch_size": batch,
         "warmup_steps": 5,
         "max_completion_length": task.settings["max_new_tokens"],
-        "max_steps": round(data.tokens / mean / batch) * settings.get("num_iterations", 1),
+        "max_steps": round(data.tokens / data.tokens_per_solution / batch) * settings.get("num_iterations", 1),
     }
     shared = arguments(data)
     del shared["max_length"], shared["num_train_epochs"]
@@ -311,11 +286,6 @@ def train_online(data: Data, settings: dict[str, Any]) -> Trained:
     )
     trained = finish(trainer, 0)
     return Trained(trained.engine, counter.tokens)
-
-
-def tokens_per_solution(run: Path) -> float:
-    counts = json.loads((run / "sampled" / "manifest.json").read_text())
-    return counts["counts"]["tokens_generated"] / counts["rows"]["sampled"]
 
 
 def keep_student(data: Data, settings: dict[str, Any]) -> Trained:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from learning_jobs import K
+from recording import interval
 
 
 TITLES = {
@@ -29,15 +30,6 @@ TITLES = {
 BASELINES = ("rft", "dpo", "step_dpo", "kto", "grpo")
 OWN = tuple(name for name in TITLES if name not in (*BASELINES, "student"))
 METRICS = (f"mean@{K}", "greedy")
-# Half-width of a 95% interval over this many seeds, in standard errors (Student's t).
-T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-
-
-def interval(numbers: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95% interval, in points."""
-    x = 100 * np.asarray(numbers)
-    half = T[len(x)] * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else float("nan")
-    return float(x.mean()), float(half)
 
 
 def scores(task: dict[str, Any], method: str, metric: str) -> np.ndarray:

@@ -223,7 +223,7 @@ def diagnose(
     groups: dict[str, dict[str, Estimate]] = {"": {}, "distance": {}, "difference": {}, "bin": {}}
     for key, value in point.items():
         if np.isfinite(value):
-            groups[key[0]][key[1]] = _estimate(value, draws[key])
+            groups[key[0]][key[1]] = Estimate.from_draws(value, draws[key])
     siblings = sample.siblings
     return Diagnosis(
         num_problems=sample.num_problems,
@@ -355,9 +355,3 @@ def _name_of_bin(number: int) -> str:
         return f"{low} and more"
     high = _DISTANCES[number + 1] - 1
     return str(low) if low == high else f"{low}-{high}"
-
-
-def _estimate(value: float, draws: Sequence[float]) -> Estimate:
-    finite = [draw for draw in draws if np.isfinite(draw)]
-    low, high = np.quantile(finite, [0.025, 0.975]) if finite else (value, value)
-    return Estimate(float(value), float(low), float(high))

@@ -280,5 +280,4 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, num_resa
         raise ValueError("There is no value to take a mean of.")
     rng = np.random.default_rng(seed)
     means = [x_N[rng.integers(x_N.size, size=x_N.size)].mean() for _ in range(num_resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(x_N.mean()), float(low), float(high))
+    return Estimate.from_draws(x_N.mean(), means)

@@ -212,9 +212,9 @@ def measure_first_errors(
     draws = [rng.binomial(n, p, num_resamples) / n for n, p in zip(sizes, shares, strict=True)]
     f1 = float(_f1(*(np.array(share) for share in shares)))
     return FirstErrors(
-        f1=_estimate(f1, _f1(*draws)),
-        erroneous=_estimate(shares[0], draws[0]),
-        correct=_estimate(shares[1], draws[1]),
+        f1=Estimate.from_draws(f1, _f1(*draws)),
+        erroneous=Estimate.from_draws(shares[0], draws[0]),
+        correct=Estimate.from_draws(shares[1], draws[1]),
         num_erroneous=sizes[0],
         num_correct=sizes[1],
         threshold=float(threshold),
@@ -315,11 +315,6 @@ def _share_within(intervals: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     begun = np.searchsorted(np.sort(low), thresholds, side="left")  # low < threshold
     ended = np.searchsorted(np.sort(high), thresholds, side="left")  # high < threshold
     return (begun - ended) / len(intervals)
-
-
-def _estimate(mean: float, draws: np.ndarray) -> Estimate:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(mean, float(low), float(high))
 
 
 def _f1(erroneous: np.ndarray, correct: np.ndarray) -> np.ndarray:

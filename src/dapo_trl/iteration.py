@@ -233,11 +233,11 @@ class Iteration:
             config = StepCriticConfig(str(folder), **arguments)
             trainer = StepCriticTrainer(model=critic, args=config, processing_class=self.recipe.tokenizer)
             scored = {name: trainer.predict_values(values.table(name)) for name in ("solutions", "states")}
-            scored["states"] = self._with_critic_advantages(scored["states"], scored["solutions"]["problem_id"])
-            for name, rows in scored.items():
-                self._write(rows, f"{name}_critic")
             held_out = held_out_problems(scored["solutions"]["problem_id"])
             unseen = scored["states"].filter(lambda row: row["problem_id"] in held_out)
+            scored["states"] = self._with_critic_advantages(scored["states"], unseen)
+            for name, rows in scored.items():
+                self._write(rows, f"{name}_critic")
             ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=TOLD_APART)
             if self._is_main:
                 draw_values(scored["solutions"], self.folder / "values.png")
@@ -262,11 +262,10 @@ class Iteration:
         cure = f"Delete {self._scored} to score the rows again"
         return read_tables({data / "states_critic.parquet": cure}, data / ".cache")
 
-    def _with_critic_advantages(self, states: Dataset, problem_ids: list[str]) -> Dataset:
+    def _with_critic_advantages(self, states: Dataset, unseen: Dataset) -> Dataset:
         """Advantages from the critic's values; with standard errors, if anything can be said of these."""
-        held_out = held_out_problems(problem_ids)
         try:
-            strength = fit_strength(states.filter(lambda row: row["problem_id"] in held_out))
+            strength = fit_strength(unseen)
         except ValueError as error:  # no state was seen twice
             policy = self.arguments.policy
             if policy.get("reliability_weights") or policy.get("min_reliability"):
@@ -278,8 +277,10 @@ class Iteration:
     def _shrink(self, scored: Dataset, held_out: set[str]) -> Dataset:
         """Monte Carlo values shrunk towards the critic's, as far as problems that it was not trained on trust it."""
         unseen = scored.filter(lambda row: row["problem_id"] in held_out)
-        prior = scored if self._uses_critic else with_mean_prior(scored, unseen)
-        strength = fit_strength(prior.filter(lambda row: row["problem_id"] in held_out))
+        prior, unseen_prior = scored, unseen
+        if not self._uses_critic:
+            prior, unseen_prior = (with_mean_prior(rows, unseen) for rows in (scored, unseen))
+        strength = fit_strength(unseen_prior)
         self.results["critic"]["prior_strength"] = strength
         print_strength(strength, self._uses_critic)
         rows = add_shrinkage_values(prior, strength)

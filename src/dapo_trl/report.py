@@ -68,9 +68,9 @@ def write_report(folder: str | Path, output: str | Path | None = None, num_probl
         raise ValueError(f"`num_problems` must be at least 0, got {num_problems}. 0 leaves out the solutions.")
     folder = Path(folder)
     path = folder / "report.html" if output is None else Path(output)
-    environment = _environment()
+    environment, iterations = _environment(), find_iterations(folder)
     html = environment.get_template("report.html").render(
-        _contents(folder), problems=_browser(environment, find_iterations(folder), num_problems), **_embedded()
+        _contents(folder, iterations), problems=_browser(environment, iterations, num_problems), **_embedded()
     )
     if not path.parent.is_dir():
         raise OSError(f"There is no folder {str(path.parent)!r} to write {path.name!r} to. Make it, or name another.")
@@ -78,9 +78,8 @@ def write_report(folder: str | Path, output: str | Path | None = None, num_probl
     return path
 
 
-def _contents(folder: Path) -> dict[str, Any]:
+def _contents(folder: Path, iterations: list[Iteration]) -> dict[str, Any]:
     """What the template says of a run, apart from its problems."""
-    iterations = find_iterations(folder)
     accuracies, critics = accuracies_of(folder, iterations), critics_of(iterations)
     changed, others, settings_note = settings_of(folder, iterations)
     stages = stages_of(folder, iterations)
