@@ -112,25 +112,12 @@ def prepare_policy_dataset(
     check_kind(dataset, name)
     if {"chosen", "rejected"} <= set(dataset.column_names) and "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts ({name})", num_proc=num_proc)
-    refuse_values_without_advantages(dataset, name)
-    row_format = check_dataset(dataset).format
-    if row_format == "stepwise":
-        raise ValueError(
-            f"`{name}_dataset` has TRL's stepwise format, whose labels judge steps but not states. Convert it with "
-            "`dapo_trl.readers.from_stepwise`, or train a step critic and use its values."
-        )
-    if row_format == "preference":
-        logger.warning(
-            f"`{name}_dataset` holds preference pairs: each is taken as one state, the prompt, with two whole "
-            "solutions as its candidates (advantages 0.5 and -0.5). That works, but steps with values of their own "
-            "teach more: see `docs/formats.md`."
-        )
+    row_format = _policy_format(dataset, name)
     check_fingerprint(dataset, tokenizer)
     warn_of_another_end(dataset, row_format, tokenizer, name)
     check_columns_are_used(dataset, row_format, duplicate_weights, name)
     if reliability_weights or min_reliability > 0:
         refuse_without_reliabilities(dataset, row_format, name, min_reliability)
-
     check_ref_tokenizer(dataset, tokenizer, name)
     has_values = row_format == "state" and "advantages" not in dataset.column_names
 
@@ -163,21 +150,42 @@ def prepare_policy_dataset(
     if has_values:
         tokenized = tokenized.remove_columns(["values", "counts"])
 
-    def fate(row: dict[str, Any]) -> str:
-        # Candidates of a state are compared with each other; steps of a solution each have their own state. A gap of
-        # 0.6 - 0.5 must not fail 0.1 by its last bit.
-        is_compared = row["num_branches"] > 1 and bool(row["advantages"])
-        if not row["advantages"]:
-            return "unreliable" if row["unreliable"] else "too_long"
-        no_contrast = is_compared and advantage_gap(row["advantages"]) < min_advantage_gap - 1e-9
-        return "without_contrast" if no_contrast else "kept"
-
-    fates = [fate(row) for row in tokenized.select_columns(["advantages", "num_branches", "unreliable"])]
+    compared = tokenized.select_columns(["advantages", "num_branches", "unreliable"])
+    fates = [_policy_fate(row, min_advantage_gap) for row in compared]
     limits = [f"{limit_name}={max_length}", f"{min_advantage_gap=}", f"{min_reliability=}"]
     prepared, report = _select(tokenized, fates, len(dataset), num_merged, name, limits)
     if "ref_logps" in prepared.column_names:
         check_ref_logps_are_complete(prepared, name)
     return prepared, report
+
+
+def _policy_format(dataset: Dataset, name: str) -> str:
+    """Format of the rows, if a policy learns from it."""
+    refuse_values_without_advantages(dataset, name)
+    row_format = check_dataset(dataset).format
+    if row_format == "stepwise":
+        raise ValueError(
+            f"`{name}_dataset` has TRL's stepwise format, whose labels judge steps but not states. Convert it with "
+            "`dapo_trl.readers.from_stepwise`, or train a step critic and use its values."
+        )
+    if row_format == "preference":
+        logger.warning(
+            f"`{name}_dataset` holds preference pairs: each is taken as one state, the prompt, with two whole "
+            "solutions as its candidates (advantages 0.5 and -0.5). That works, but steps with values of their own "
+            "teach more: see `docs/formats.md`."
+        )
+    return row_format
+
+
+def _policy_fate(row: dict[str, Any], min_advantage_gap: float) -> str:
+    """Whether a tokenized row is kept, or why not."""
+    if not row["advantages"]:
+        return "unreliable" if row["unreliable"] else "too_long"
+    # Candidates of a state are compared with each other; steps of a solution each have their own state. A gap of
+    # 0.6 - 0.5 must not fail 0.1 by its last bit.
+    is_compared = row["num_branches"] > 1
+    no_contrast = is_compared and advantage_gap(row["advantages"]) < min_advantage_gap - 1e-9
+    return "without_contrast" if no_contrast else "kept"
 
 
 def prepare_critic_dataset(
