@@ -45,6 +45,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/estimators.py
 	$(BIN)/python benchmarks/ablations.py
 	$(BIN)/python benchmarks/gate.py
+	$(BIN)/python benchmarks/gate.py --task word_problems --seeds 0 1 2 3 4
 	$(BIN)/python benchmarks/iterations.py
 	$(BIN)/python benchmarks/kill.py
 	$(BIN)/python benchmarks/servers.py

@@ -12,9 +12,8 @@ of the policy share the data of `learning.py`; settings of the data have data an
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 
 from learning_jobs import STUDENTS, TASKS, Job, data_of, run_jobs
 from learning_report import METRICS, spread
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, keep, origin, origin_in_words, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
@@ -56,19 +55,21 @@ class Ablation:
     is_of_data: bool = False
 
     def job(self, value: Any, seed: int) -> Job:
-        if value == self.default:
-            return Job(TASK, seed, "critic", "validation")
-        if self.is_of_data:
-            return Job(TASK, seed, "critic", "validation", data=(f"--{self.name}", str(value)))
-        return Job(TASK, seed, "critic", "validation", {self.name: value})
+        policy = TASKS[TASK].settings["policy"]
+        settings = {name: policy[name] for name in ("learning_rate", "beta", "num_train_epochs")}
+        data: tuple[str, ...] = ()
+        if value != self.default and self.is_of_data:
+            data = (f"--{self.name}", str(value))
+        elif value != self.default:
+            settings[self.name] = value
+        return Job(TASK, seed, "critic", "validation", settings, data)
 
 
 ABLATIONS = (
-    Ablation("beta", "beta", (0.002, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), 0.1),
+    Ablation("beta", "beta", (0.002, 0.01, 0.02, 0.03, 0.1, 0.2, 0.5), 0.03),
+    Ablation("passes over the states", "num_train_epochs", (1, 2, 5, 10), 5),
     Ablation("smallest advantage gap of a state", "min_advantage_gap", (0.0, 0.1, 0.2, 0.4), 0.1),
-    Ablation(
-        "mean of the loss over", "reduction", ("samples", "states", "pairs", "pairs without duplicates"), "samples"
-    ),
+    Ablation("mean of the loss over", "reduction", REDUCTIONS, "samples"),
     Ablation("completions of a state", "num_completions", (2, 4, 8, 16, 32), 8, is_of_data=True),
     Ablation("solutions kept of a problem", "num_kept", (2, 4, 8), 4, is_of_data=True),
     Ablation("problems", "num_train_problems", (175, 350, 700, 1400), 700, is_of_data=True),
@@ -97,7 +98,7 @@ def jobs_of(ablation: Ablation, seeds: list[int], folder: Path) -> Iterator[tupl
             job = ablation.job(value, seed)
             if ablation.name == "critic_layers" and value != ablation.default:
                 path = str(shorten_student(folder, value))
-                job = Job(TASK, seed, "critic", "validation", data=("--critic_model_name_or_path", path))
+                job = replace(job, data=("--critic_model_name_or_path", path))
             yield value, job
 
 
@@ -141,9 +142,8 @@ def table(found: dict[str, Any]) -> str:
 
 
 def details(record: dict[str, Any]) -> str:
-    installed = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return (
-        f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}. Versions: {installed}. "
+        f"{origin_in_words(record)} "
         f"Validation problems, {len(record['seeds'])} seeds, 95% intervals.\n\n{table(record['results'])}"
     )
 
@@ -173,16 +173,12 @@ def main() -> None:
     parser.add_argument("--num_processes", type=int, default=2, help="Trainings at a time, one core each.")
     given = parser.parse_args()
     record = {
-        "command": " ".join(["python benchmarks/ablations.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        **origin(" ".join(["python benchmarks/ablations.py", *sys.argv[1:]]), PACKAGES),
         "seeds": given.seeds,
         "settings": TASKS[TASK].settings,
         "results": measure(given.seeds, given.output_dir, given.num_processes),
     }
-    path = REPOSITORY / "benchmarks" / "results" / "ablations.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    keep(record, "ablations")
     draw(record["results"], REPOSITORY / "docs" / "images" / "ablations.png")
     write_between(REPOSITORY / "benchmarks" / "README.md", "ablations", details(record))
     print(table(record["results"]))

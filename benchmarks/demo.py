@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, keep, origin, origin_in_words, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
@@ -41,13 +41,10 @@ def run(seed: int, output_dir: Path) -> dict:
     return json.loads(results.read_text())
 
 
-def record(runs: dict[int, dict]) -> dict:
+def record(runs: dict[str, dict]) -> dict:
     """What is kept of the runs."""
     return {
-        "command": "python benchmarks/demo.py --seeds " + " ".join(map(str, runs)),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        **origin("python benchmarks/demo.py --seeds " + " ".join(runs), PACKAGES),
         "arguments": {
             name: value
             for name, value in next(iter(runs.values()))["arguments"].items()
@@ -107,10 +104,9 @@ def critic_table(results: dict) -> str:
 
 
 def details(results: dict) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     settings = ", ".join(f"`{name}` {value}" for name, value in results["arguments"].items())
     return (
-        f"Command: `{results['command']}`, {results['date']}. Machine: {results['machine']}. Versions: {versions}.\n\n"
+        f"{origin_in_words(results)}\n\n"
         f"Arguments: {settings}.\n\n{table(results)}\n\nThe critic on problems held out from its training:\n\n"
         f"{critic_table(results)}"
     )
@@ -121,13 +117,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "bench")
     arguments = parser.parse_args()
-    results = record({seed: run(seed, arguments.output_dir / f"demo-{seed}") for seed in arguments.seeds})
-    path = REPOSITORY / "benchmarks" / "results" / "demo.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    results = record({str(seed): run(seed, arguments.output_dir / f"demo-{seed}") for seed in arguments.seeds})
+    keep(results, "demo")
     first = arguments.output_dir / f"demo-{arguments.seeds[0]}"
     shutil.copy(first / "values.png", REPOSITORY / "docs" / "images" / "values.png")
-    results = json.loads(path.read_text())
     write_between(REPOSITORY / "benchmarks" / "README.md", "demo", details(results))
     write_between(REPOSITORY / "README.md", "demo table", table(results))
     print(table(results))

@@ -14,9 +14,7 @@ Writes `benchmarks/results/estimators.json`, `docs/images/estimators.png` and th
 """
 
 import argparse
-import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from transformers import AutoTokenizer
 from dapo_trl import StepCriticConfig, StepCriticTrainer
 from dapo_trl.shrinkage import fit_prior_strength, shrinkage_values
 from learning_jobs import TASKS, Data, make_data, run_in_processes
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, keep, origin, origin_in_words, write_between
 from value_pool import PROBLEM_SEED, STUDENT, Row, load_pool
 from values import Bench, CandidateTruths, Scheme, estimate, shuffle, state_of
 
@@ -186,9 +184,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def details(record: dict[str, Any]) -> str:
-    installed = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return (
-        f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}. Versions: {installed}. Mean "
+        f"{origin_in_words(record)} Mean "
         "squared error of candidates' values on 40 problems, each as often as it was drawn; means over "
         f"{record['results']['critics']} critics.\n\n{table(record['results'])}"
     )
@@ -222,15 +219,11 @@ def main() -> None:
     run_in_processes(make_data, [(each,) for each in data], 2)
     bench = Bench(load_pool(given), AutoTokenizer.from_pretrained(STUDENT))
     record = {
-        "command": " ".join(["python benchmarks/estimators.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        **origin(" ".join(["python benchmarks/estimators.py", *sys.argv[1:]]), PACKAGES),
         "seeds": {"problems": PROBLEM_SEED, "critics": given.seeds, "draws": "the number of the run", "bootstrap": 0},
         "results": measure(bench, [each.run / "critic" for each in data], given.repeats),
     }
-    path = REPOSITORY / "benchmarks" / "results" / "estimators.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    keep(record, "estimators")
     draw(record["results"], REPOSITORY / "docs" / "images" / "estimators.png")
     write_between(REPOSITORY / "benchmarks" / "README.md", "estimators", details(record))
     print(table(record["results"]))

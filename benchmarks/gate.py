@@ -1,12 +1,12 @@
 """
-The gate before the policy, over ten seeds of the demo: which critics does it refuse, and how good are those that pass?
+The gate before the policy, over ten seeds of a task: which critics does it refuse, and how good are those that pass?
 
-    python benchmarks/gate.py [--seeds 0 1 2 3 4 5 6 7 8 9] [--output_dir runs/bench]
+    python benchmarks/gate.py [--task arithmetic] [--seeds 0 1 2 3 4 5 6 7 8 9] [--output_dir runs/bench]
 
-Each run is `dapo-trl score examples/recipes/demo.yaml --values critic --seed n`, which goes through the gate without an
-override; where `demo.py` has left a run of the seed, it is taken. What is measured is kept in `gate.json` of the run,
-and is not measured again. Of each critic, broken ones are made, value the
-held-out rows with `predict_values`, and go through the same gate:
+Each run is `dapo-trl score` with the task's recipe, `--values critic` and a seed, which goes through the gate without
+an override; where `demo.py` has left a run of the seed, it is taken. What is measured is kept in `gate.json` of the
+run, and is not measured again. Of each critic, broken ones are made, value the held-out rows with `predict_values`, and
+go through the same gate:
 
 - constant: head weights of 0, its bias the logit of the mean outcome of the training problems;
 - inverted: the head negated;
@@ -15,15 +15,14 @@ held-out rows with `predict_values`, and go through the same gate:
   and features so much, that the head which the training began with is nearly as good as the one that it ended with.
 
 Then `dapo-trl diagnose ... --num_completions 64` draws 64 fresh completions of every held-out state and candidate, for
-a better truth. Writes `benchmarks/results/gate.json` and the tables between the marks of `benchmarks/README.md`. A
-quarter of an hour on one CPU core if all critics are to be trained.
+a better truth. Writes `benchmarks/results/gate.json` (of other tasks `gate-TASK.json`) and the tables between the marks
+of `benchmarks/README.md`. A quarter of an hour on one CPU core if all critics of the demo are to be trained.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
 from itertools import combinations
 from pathlib import Path
 
@@ -41,12 +40,11 @@ from dapo_trl.files import write_atomically
 from dapo_trl.fresh_diagnosis import with_counts
 from dapo_trl.run_folder import held_out_problems
 from dapo_trl.values import Counts
-from recording import REPOSITORY, interval, machine, versions, write_between
+from learning_jobs import TASKS, Task
+from recording import REPOSITORY, interval, keep, origin, origin_in_words, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
-RECIPE = REPOSITORY / "examples" / "recipes" / "demo.yaml"
-STUDENT = REPOSITORY / "examples" / "student"
 NUM_COMPLETIONS = 64
 KINDS = ("working", "constant", "inverted", "untrained", "fresh head")
 KEPT = ("num_problems", "num_states", "num_pairs", "num_clear_pairs", "pairs_by_difference")
@@ -60,10 +58,10 @@ MEASURES = {
 }
 
 
-def command(name: str, seed: int, folder: Path, *options: str) -> None:
-    """A command of the demo, in a process of its own."""
+def command(name: str, task: Task, seed: int, folder: Path, *options: str) -> None:
+    """A command with the task's recipe, in a process of its own."""
     given = [*options, "--values", "critic", "--seed", str(seed), "--output_dir", str(folder)]
-    subprocess.run([sys.executable, "-m", "dapo_trl", name, str(RECIPE), *given], check=True)
+    subprocess.run([sys.executable, "-m", "dapo_trl", name, str(task.recipe), *given], check=True)
 
 
 def rows_of(folder: Path) -> dict[str, Dataset]:
@@ -84,10 +82,10 @@ def mean_outcome(folder: Path) -> float:
     return successes / rollouts
 
 
-def make_critic(kind: str, folder: Path, seed: int) -> torch.nn.Module:
+def make_critic(kind: str, student: Path, folder: Path, seed: int) -> torch.nn.Module:
     """A critic of a kind, from that of a run."""
     torch.manual_seed(1000 + seed)
-    source = STUDENT if kind == "untrained" else folder / "critic"
+    source = student if kind == "untrained" else folder / "critic"
     model = AutoModelForTokenClassification.from_pretrained(source, num_labels=1)
     head = model.score
     with torch.no_grad():
@@ -103,10 +101,10 @@ def make_critic(kind: str, folder: Path, seed: int) -> torch.nn.Module:
     return model
 
 
-def valued(model: torch.nn.Module, rows: dict[str, Dataset]) -> tuple[list[dict], list[dict]]:
+def valued(model: torch.nn.Module, student: Path, rows: dict[str, Dataset]) -> tuple[list[dict], list[dict]]:
     """The rows with the critic's values."""
     args = StepCriticConfig("runs/gate", report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False)
-    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    tokenizer = AutoTokenizer.from_pretrained(student)
     trainer = StepCriticTrainer(model=model, args=args, processing_class=tokenizer)
     solutions, states = (trainer.predict_values(rows[name]).to_list() for name in ("solutions", "states"))
     return solutions, states
@@ -127,17 +125,17 @@ def is_refused(found: dict, folder: Path) -> bool:
     return False
 
 
-def measure(seed: int, folder: Path) -> dict:
+def measure(task: Task, seed: int, folder: Path) -> dict:
     """All kinds of critics of a seed: whether they are refused, and how good they are."""
-    command("score", seed, folder)
-    command("diagnose", seed, folder, "--num_completions", str(NUM_COMPLETIONS))
+    command("score", task, seed, folder)
+    command("diagnose", task, seed, folder, "--num_completions", str(NUM_COMPLETIONS))
     counts, rows = fresh_counts(folder), rows_of(folder)
     found = {}
     for kind in KINDS:
         if kind == "working":  # as the run itself has it
             tables, own = held_out_rows(folder / "data", ("prefix", "candidates")), diagnose_once(folder / "data")
         else:
-            tables = valued(make_critic(kind, folder, seed), rows)
+            tables = valued(make_critic(kind, task.student, folder, seed), task.student, rows)
             own = record(diagnose(*tables))
         afresh = record(diagnose(*with_counts(*tables, counts)))
         found[kind] = {"refused": is_refused(own, folder)} | {
@@ -147,11 +145,11 @@ def measure(seed: int, folder: Path) -> dict:
     return found
 
 
-def measure_once(seed: int, folder: Path) -> dict:
+def measure_once(task: Task, seed: int, folder: Path) -> dict:
     """The same, kept in the folder of the run."""
     path = folder / "gate.json"
     if not path.exists():
-        write_atomically(path, json.dumps(measure(seed, folder), indent=2))
+        write_atomically(path, json.dumps(measure(task, seed, folder), indent=2))
     return json.loads(path.read_text())
 
 
@@ -234,11 +232,10 @@ def difference_table(runs: dict[str, dict]) -> str:
 
 
 def details(results: dict) -> str:
-    installed = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     runs = results["runs"]
     frequent, rare = (results["by_frequency"][name] for name in ("frequent", "rare"))
     return (
-        f"Command: `{results['command']}`, {results['date']}. Machine: {results['machine']}. Versions: {installed}. "
+        f"{origin_in_words(results)} "
         f"Numbers in percent.\n\n{refused_table(runs)}\n\nThe working critics by the run's own completions, which the "
         f"gate decides by, with 95% intervals over problems; the mean with that over seeds:\n\n"
         f"{working_table(runs, 'run')}\n\nThe same by {NUM_COMPLETIONS} fresh completions of every state and "
@@ -252,20 +249,20 @@ def details(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, default="arithmetic")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "bench")
     arguments = parser.parse_args()
+    task = TASKS[arguments.task]
+    suffix, given = ("", []) if task.name == "arithmetic" else (f"-{task.name}", ["--task", task.name])
+    folders = {str(seed): arguments.output_dir / f"{task.recipe.stem}-{seed}" for seed in arguments.seeds}
     results = {
-        "command": "python benchmarks/gate.py --seeds " + " ".join(map(str, arguments.seeds)),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
-        "runs": {str(seed): measure_once(seed, arguments.output_dir / f"demo-{seed}") for seed in arguments.seeds},
+        **origin(" ".join(["python benchmarks/gate.py", *given, "--seeds", *folders]), PACKAGES),
+        "runs": {seed: measure_once(task, int(seed), folder) for seed, folder in folders.items()},
+        "by_frequency": by_frequency(list(folders.values())),
     }
-    results["by_frequency"] = by_frequency([arguments.output_dir / f"demo-{seed}" for seed in arguments.seeds])
-    path = REPOSITORY / "benchmarks" / "results" / "gate.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    write_between(REPOSITORY / "benchmarks" / "README.md", "gate", details(results))
+    keep(results, f"gate{suffix}")
+    write_between(REPOSITORY / "benchmarks" / "README.md", f"gate{suffix}", details(results))
     print(details(results))
 
 

@@ -13,10 +13,9 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from recording import REPOSITORY, interval, machine, versions, write_between
+from recording import REPOSITORY, interval, keep, origin, origin_in_words, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
@@ -47,10 +46,20 @@ def table(runs: dict[str, list[dict]]) -> str:
         cells = [percent(evaluation[name]) for name in METRICS.values() for evaluation in evaluations]
         lines.append(f"| {seed} | {' | '.join(cells)} |")
     cells = []
-    for name in METRICS.values():
-        mean, half = interval([second[name]["mean"] - first[name]["mean"] for _, first, second in runs.values()])
-        cells += ["", "", f"{mean:+.1f} ± {half:.1f} on the first"]
+    for metric in METRICS:
+        cells += ["", "", f"{rise(runs, metric)} on the first"]
     return "\n".join([*lines, f"| mean | {' | '.join(cells)} |"])
+
+
+def rise(runs: dict[str, list[dict]], metric: str) -> str:
+    """What the second iteration adds to the first, in points."""
+    name = METRICS[metric]
+    mean, half = interval([second[name]["mean"] - first[name]["mean"] for _, first, second in runs.values()])
+    return f"{mean:+.1f} ± {half:.1f}"
+
+
+def details(record: dict) -> str:
+    return f"{origin_in_words(record)}\n\n{table(record['runs'])}"
 
 
 def main() -> None:
@@ -59,17 +68,11 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "iterations")
     arguments = parser.parse_args()
     record = {
-        "command": "python benchmarks/iterations.py --seeds " + " ".join(map(str, arguments.seeds)),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        **origin("python benchmarks/iterations.py --seeds " + " ".join(map(str, arguments.seeds)), PACKAGES),
         "runs": {str(seed): run(seed, arguments.output_dir / f"seed-{seed}") for seed in arguments.seeds},
     }
-    path = REPOSITORY / "benchmarks" / "results" / "iterations.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    numbers = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    text = f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}. Versions: {numbers}."
-    write_between(REPOSITORY / "benchmarks" / "README.md", "iterations", f"{text}\n\n{table(record['runs'])}")
+    keep(record, "iterations")
+    write_between(REPOSITORY / "benchmarks" / "README.md", "iterations", details(record))
     print(table(record["runs"]))
 
 

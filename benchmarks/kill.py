@@ -10,7 +10,6 @@ CPU cores. Writes `benchmarks/results/kill.json` and the paragraph between the m
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, keep, origin, origin_in_words, write_between
 
 
 sys.path.append(str(REPOSITORY / "tests"))
@@ -85,10 +84,7 @@ def record(arguments: argparse.Namespace) -> dict:
         same_rows, same_results = rows(folder) == rows(whole), results(folder) == results(whole)
         finished.append({"same_rows": same_rows, "same_results": same_results})
     return {
-        "command": f"python benchmarks/kill.py --kills {arguments.kills} --seed {arguments.seed}",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        **origin(f"python benchmarks/kill.py --kills {arguments.kills} --seed {arguments.seed}", PACKAGES),
         "seconds_uninterrupted": round(uninterrupted, 1),
         "rows": {name: len(table) for name, table in rows(whole).items()},
         "kills": kills,
@@ -96,13 +92,13 @@ def record(arguments: argparse.Namespace) -> dict:
     }
 
 
-def paragraph(results: dict) -> str:
+def details(results: dict) -> str:
     kills, runs = results["kills"], results["runs"]
     places = sorted({kill["in"] for kill in kills})
     same = sum(run["same_rows"] and run["same_results"] for run in runs)
     repeated = sum(kill["repeated"] for kill in kills)
     return (
-        f"Command: `{results['command']}`, {results['date']}. Machine: {results['machine']}; one thread. "
+        f"{origin_in_words(results, '; one thread')} "
         f"{len(kills)} kills after 0 to {max(kill['after'] for kill in kills):.0f} seconds, in these places: "
         f"{', '.join(places)}. Runs that came to their end: {len(runs)}; of these, {same} have the same rows in all "
         f"tables ({sum(results['rows'].values()):,}) and the same results as the uninterrupted run, which took "
@@ -120,10 +116,9 @@ def main() -> None:
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
     arguments.output_dir.mkdir(parents=True)
     found = record(arguments)
-    path = REPOSITORY / "benchmarks" / "results" / "kill.json"
-    path.write_text(json.dumps(found, indent=2) + "\n")
-    write_between(REPOSITORY / "benchmarks" / "README.md", "kill", paragraph(found))
-    print(paragraph(found))
+    keep(found, "kill")
+    write_between(REPOSITORY / "benchmarks" / "README.md", "kill", details(found))
+    print(details(found))
 
 
 if __name__ == "__main__":

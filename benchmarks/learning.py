@@ -5,9 +5,10 @@ Is this better than what people do today? The same student, problems and number 
 
 Every method is tuned in the same way, on validation problems with the data of one seed that is not reported: five
 learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its settings
-(`AXES`: learning rate, beta, how long it trains). Then each seed has problems, samples, critic and training of its own,
-and is evaluated on the same 1,024 test problems, none of which anything was trained on: greedily, and 8 samples a
-problem at temperature 1. Intervals are Student's t over seeds; differences are paired: of the same seed.
+(`AXES`: learning rate, beta, how long it trains). On the second task the other settings start from those of the first.
+Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
+none of which anything was trained on: greedily, and 8 samples a problem at temperature 1. Intervals are Student's t
+over seeds; differences are paired: of the same seed.
 
 A benchmark that was killed goes on where it was. Writes `benchmarks/results/learning.json`, the tables in
 `benchmarks/README.md` and `README.md`, and `docs/images/learning.png`.
@@ -15,7 +16,6 @@ A benchmark that was killed goes on where it was. Writes `benchmarks/results/lea
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from learning_jobs import NUM_TEST, NUM_VALIDATION, TASKS, Job, K, data_of, run_jobs
 from learning_report import details, draw, short, table
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, keep, origin, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
@@ -32,33 +32,36 @@ RATES = (1.6e-5, 4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 3.7e-3)
 FIRST = RATES[1:-1]  # tried with the defaults of the other settings, before the search goes on from the best
 
 
+Settings = dict[str, Any]
+
+
 class Axis(NamedTuple):
     """A setting, its values in their order, and its default."""
 
     name: str
     values: tuple[float, ...]
-    default: float | None = None
+    default: float
 
 
 BETA = Axis("beta", (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3, 1.0, 3.0), 0.1)
 PASSES = Axis("num_train_epochs", (1, 2, 3, 5, 8), 1)
-STEPS = Axis("max_steps", (40, 80, 160, 240, 320), 80)  # 2.5 passes over the states at 80 on the demo's task
-RATE = Axis("learning_rate", RATES)
+STATES = PASSES._replace(default=3)  # states are more and shorter than solutions
+RATE = Axis("learning_rate", RATES, FIRST[2])
 AXES: dict[str, tuple[Axis, ...]] = {
     "rft": (RATE, PASSES),
     "dpo": (RATE, BETA, PASSES),
     "step_dpo": (RATE, BETA, PASSES._replace(default=2)),
     "kto": (RATE, BETA, PASSES),
     "grpo": (RATE, Axis("num_iterations", (1, 2, 4), 1)),
-    "critic": (RATE, BETA, STEPS),
-    "shrinkage": (RATE, BETA, STEPS),
-    "monte_carlo": (RATE, BETA, STEPS),
+    "critic": (RATE, BETA, STATES),
+    "shrinkage": (RATE, BETA, STATES),
+    "monte_carlo": (RATE, BETA, STATES),
 }
 MAX_ROUNDS = 6  # of the search
 TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
 
 
-def tune(task: str, folder: Path, num_processes: int) -> dict[str, dict[str, Any]]:
+def tune(task: str, starts: dict[str, Settings], folder: Path, num_processes: int) -> dict[str, dict[str, Any]]:
     """
     Settings of each method, by the mean@8 of validation problems; with all that was tried.
 
@@ -66,7 +69,8 @@ def tune(task: str, folder: Path, num_processes: int) -> dict[str, dict[str, Any
     as one of these is better.
     """
     groups = [
-        [Job(task, TUNING_SEED, method, "validation", {"learning_rate": rate}) for rate in FIRST] for method in AXES
+        [Job(task, TUNING_SEED, method, "validation", start | {"learning_rate": rate}) for rate in FIRST]
+        for method, start in starts.items()
     ]
     run_jobs([job for group in groups for job in group], folder, num_processes)
     for _ in range(MAX_ROUNDS):
@@ -85,23 +89,15 @@ def tune(task: str, folder: Path, num_processes: int) -> dict[str, dict[str, Any
 def _neighbours(group: list[Job], folder: Path) -> list[Job]:
     """The settings next to the best ones that were not tried."""
     axes = AXES[group[0].method]
-    best = _complete(_best(group, folder)["settings"], axes)
-    tried = [_complete(job.settings, axes) for job in group]
+    best = _best(group, folder)["settings"]
+    tried = [job.settings for job in group]
     near = [
         best | {axis.name: axis.values[place]}
         for axis in axes
         for place in (axis.values.index(best[axis.name]) - 1, axis.values.index(best[axis.name]) + 1)
         if 0 <= place < len(axis.values)
     ]
-    return [replace(group[0], settings=_without_defaults(each, axes)) for each in near if each not in tried]
-
-
-def _complete(settings: dict[str, Any], axes: Sequence[Axis]) -> dict[str, Any]:
-    return {axis.name: axis.default for axis in axes} | settings
-
-
-def _without_defaults(settings: dict[str, Any], axes: Sequence[Axis]) -> dict[str, Any]:
-    return {axis.name: settings[axis.name] for axis in axes if settings[axis.name] != axis.default}
+    return [replace(group[0], settings=each) for each in near if each not in tried]
 
 
 def _best(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
@@ -114,9 +110,11 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names}
 
 
-def compare(task: str, seeds: Sequence[int], folder: Path, num_processes: int) -> dict[str, Any]:
+def compare(
+    task: str, starts: dict[str, Settings], seeds: Sequence[int], folder: Path, num_processes: int
+) -> dict[str, Any]:
     """Tune on one seed, report the others."""
-    tuned = tune(task, folder, num_processes)
+    tuned = tune(task, starts, folder, num_processes)
     settings = {"student": {}} | {method: found["chosen"] for method, found in tuned.items()}
     settings |= {method: tuned[first]["chosen"] for method, first in TWICE.items()}
     jobs = [Job(task, seed, method, "test", given) for method, given in settings.items() for seed in seeds]
@@ -135,19 +133,17 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "learning")
     parser.add_argument("--num_processes", type=int, default=2, help="Trainings at a time, one core each.")
     given = parser.parse_args()
-    path = REPOSITORY / "benchmarks" / "results" / "learning.json"
     record = {
-        "command": "python benchmarks/learning.py --seeds " + " ".join(map(str, given.seeds)),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        **origin("python benchmarks/learning.py --seeds " + " ".join(map(str, given.seeds)), PACKAGES),
         "problems": {"test": NUM_TEST, "validation": NUM_VALIDATION},
         "tasks": {},
     }
+    starts: dict[str, Settings] = {method: {axis.name: axis.default for axis in axes} for method, axes in AXES.items()}
     for task in given.tasks:
-        record["tasks"][task] = compare(task, given.seeds, given.output_dir, given.num_processes)
+        record["tasks"][task] = compare(task, starts, given.seeds, given.output_dir, given.num_processes)
+        starts = {method: found["chosen"] for method, found in record["tasks"][task]["tuning"].items()}
         print(table(record["tasks"][task]))
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        keep(record, "learning")
     write_between(REPOSITORY / "benchmarks" / "README.md", "learning", details(record))
     write_between(REPOSITORY / "README.md", "learning table", short(record))
     draw(record, REPOSITORY / "docs" / "images" / "learning.png")

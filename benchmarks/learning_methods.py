@@ -199,7 +199,7 @@ def solution_pairs(rows: list[Row], seed: int) -> list[Row]:
 def train_on_step_pairs(data: Data, settings: dict[str, Any]) -> Trained:
     """Step-DPO: the state is the prompt; the best of its next steps by Monte Carlo against the worst."""
     pairs = Dataset.from_list(step_pairs(states_by("monte_carlo", data)))
-    return train(TokenizedDPOTrainer, DPOConfig, data, pairs, data.tokens, **{"num_train_epochs": 2} | settings)
+    return train(TokenizedDPOTrainer, DPOConfig, data, pairs, data.tokens, **settings)
 
 
 def step_pairs(states: Iterable[Row]) -> list[Row]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from learning_jobs import K
-from recording import interval
+from recording import interval, origin_in_words
 
 
 TITLES = {
@@ -89,8 +89,7 @@ def tuning_table(task: dict[str, Any]) -> str:
 
 
 def details(record: dict[str, Any]) -> str:
-    installed = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    text = f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}. Versions: {installed}.\n"
+    text = origin_in_words(record) + "\n"
     for name, task in record["tasks"].items():
         text += f"\n### Task `{name}`\n\n{verdict(task)}\n\n{table(task)}\n"
         text += f"\n<details><summary>All settings that were tried</summary>\n\n{tuning_table(task)}\n\n</details>\n"

@@ -38,7 +38,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from dapo_trl import DAPOConfig, DAPOTrainer, StepCriticConfig, StepCriticTrainer
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, keep, origin, origin_in_words, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
@@ -414,7 +414,6 @@ def table(results: dict[str, Any]) -> str:
 
 
 def details(results: dict[str, Any]) -> str:
-    numbers = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     critic = results["results"].get("critic")
     extra = (
         f"\n\nThe critic's tree over one padded sequence per solution: {critic['over_solutions']:.2f}x."
@@ -422,7 +421,7 @@ def details(results: dict[str, Any]) -> str:
         else ""
     )
     return (
-        f"Command: `{results['command']}`, {results['date']}. Machine: {results['machine']}. Versions: {numbers}. Seed "
+        f"{origin_in_words(results)} Seed "
         f"{results['seed']}, {results['repeats']} repeats.\n\n{table(results['results'])}{extra}"
     )
 
@@ -459,15 +458,12 @@ def main() -> None:
     if arguments.only and path.exists():
         results = json.loads(path.read_text())["results"] | results
     record = {
-        "command": "python benchmarks/prefix_tree.py" + "".join(f" {word}" for word in sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        **origin("python benchmarks/prefix_tree.py" + "".join(f" {word}" for word in sys.argv[1:]), PACKAGES),
         "seed": arguments.seed,
         "repeats": arguments.repeats,
         "results": results,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    keep(record, name)
     if not arguments.gpu:
         write_between(REPOSITORY / "benchmarks" / "README.md", "prefix tree", details(record))
 

@@ -1,14 +1,17 @@
 """
-What the benchmarks have in common: machine and versions for the record, intervals over seeds, and tables written into
-documents.
+What the benchmarks have in common: their records with command, machine and versions, intervals over seeds, and tables
+written into documents.
 """
 
+import json
 import os
 import platform
 import re
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +35,26 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
     return float(x.mean()), float(half)
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of packages."""
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+def origin(command: str, packages: Sequence[str]) -> dict[str, Any]:
+    """Where numbers come from: command, date, machine and versions."""
+    return {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }
+
+
+def origin_in_words(record: dict[str, Any], how: str = "") -> str:
+    """The same as sentences; `how` is what there is to say of the machine's use."""
+    installed = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    machine = record["machine"] + how
+    return f"Command: `{record['command']}`, {record['date']}. Machine: {machine}. Versions: {installed}."
+
+
+def keep(record: dict[str, Any], name: str) -> None:
+    """Write a record to `benchmarks/results`."""
+    (REPOSITORY / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def write_between(path: Path, mark: str, text: str) -> None:

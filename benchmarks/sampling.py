@@ -11,7 +11,6 @@ state they pass through. The sides are timed in turn in one process, and a ratio
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dapo_trl import TransformersEngine, math_reward
 from dapo_trl.engines import SamplingConfig, sample_seed
 from dapo_trl.rollouts import RolloutConfig, sample_solutions, value_solutions
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, keep, origin, origin_in_words, write_between
 
 
 STUDENT = REPOSITORY / "examples" / "student"
@@ -173,11 +172,10 @@ def table(record: dict[str, Any]) -> str:
 
 
 def details(record: dict[str, Any]) -> str:
-    installed = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     work = record["results"]["runs"]["engine"][0]
     return (
-        f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}, {record['threads']} threads. "
-        f"Versions: {installed}. Seed {record['seed']}, {record['repeats']} repeats, {work['states']:,.0f} states.\n\n"
+        f"{origin_in_words(record, ', {threads} threads'.format(**record))} Seed {record['seed']}, {record['repeats']} "
+        f"repeats, {work['states']:,.0f} states.\n\n"
         f"{table(record)}"
     )
 
@@ -191,17 +189,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     record = {
-        "command": " ".join(["python benchmarks/sampling.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
+        **origin(" ".join(["python benchmarks/sampling.py", *sys.argv[1:]]), PACKAGES),
         "threads": torch.get_num_threads(),
-        "versions": versions(*PACKAGES),
         "seed": arguments.seed,
         "repeats": arguments.repeats,
         "results": measure(arguments),
     }
-    path = REPOSITORY / "benchmarks" / "results" / "sampling.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    keep(record, "sampling")
     write_between(REPOSITORY / "benchmarks" / "README.md", "sampling", details(record))
     print(table(record))
 

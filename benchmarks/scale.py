@@ -37,7 +37,7 @@ from dapo_trl.engines import Completion, OnCompletion, SamplingConfig
 from dapo_trl.rollouts import RolloutConfig
 from dapo_trl.stages import sample_stage, value_stage
 from dapo_trl.store import ShardStore
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, keep, origin, origin_in_words, write_between
 
 
 PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "tokenizers")
@@ -362,11 +362,7 @@ def memory(result: dict[str, Any], whole: dict[str, Any]) -> str:
 
 
 def details(record: dict[str, Any]) -> str:
-    numbers = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    return (
-        f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}. Versions: {numbers}.\n\n"
-        f"{table(record['results'])}"
-    )
+    return f"{origin_in_words(record)}\n\n{table(record['results'])}"
 
 
 MEASURES = {"cost": measure_cost, "restart": measure_restart}
@@ -392,13 +388,10 @@ def main() -> None:
     if arguments.only and path.exists():
         results = json.loads(path.read_text())["results"] | results
     record = {
-        "command": "python benchmarks/scale.py" + "".join(f" {word}" for word in sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        **origin("python benchmarks/scale.py" + "".join(f" {word}" for word in sys.argv[1:]), PACKAGES),
         "results": results,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    keep(record, "scale")
     write_between(REPOSITORY / "benchmarks" / "README.md", "scale", details(record))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, keep, origin, origin_in_words, write_between
 
 
 sys.path.append(str(REPOSITORY / "tests"))
@@ -308,10 +308,7 @@ def record(arguments: argparse.Namespace) -> dict:
     found["faulty"] = {name: faulty(name, arguments) for name in FAULTS}
     given = f"--problems {arguments.problems} --kills {arguments.kills} --seed {arguments.seed}"
     return {
-        "command": f"python benchmarks/servers.py {given}",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        **origin(f"python benchmarks/servers.py {given}", PACKAGES),
         "seconds": round(time.perf_counter() - begin, 1),
         **found,
     }
@@ -320,13 +317,9 @@ def record(arguments: argparse.Namespace) -> dict:
 # ---- Text ----
 
 
-def report(results: dict) -> str:
+def details(results: dict) -> str:
     values, restarts, stay = results["values"], results["restarted"], results["gone"]
-    packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    head = (
-        f"Command: `{results['command']}`, {results['date']}. Machine: {results['machine']}; one thread, "
-        f"{results['seconds'] / 60:.0f} minutes. Versions: {packages}."
-    )
+    head = origin_in_words(results, f"; one thread, {results['seconds'] / 60:.0f} minutes")
     lines = ["| | value of every prompt | values of common states |", "|---|---|---|"]
     both = values["prompts"], values["states"]
     for title, cell in (
@@ -382,10 +375,9 @@ def main() -> None:
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
     arguments.output_dir.mkdir(parents=True)
     found = record(arguments)
-    path = REPOSITORY / "benchmarks" / "results" / "servers.json"
-    path.write_text(json.dumps(found, indent=2) + "\n")
-    write_between(REPOSITORY / "benchmarks" / "README.md", "servers", report(found))
-    print(report(found))
+    keep(found, "servers")
+    write_between(REPOSITORY / "benchmarks" / "README.md", "servers", details(found))
+    print(details(found))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from recording import origin_in_words
+
 
 TITLES = {
     "own": "every state for itself (paper)",
@@ -124,10 +126,9 @@ def candidate_table(results: dict[str, Any]) -> str:
 
 def details(record: dict[str, Any]) -> str:
     results = record["results"]
-    installed = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     covered = min(point["covered"] for point in results["candidates"])
     return (
-        f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}. Versions: {installed}. "
+        f"{origin_in_words(record)} "
         f"{sum(results['states'].values()):,} states of {sum(results['problems'].values())} problems, "
         f"{record['arguments']['num_truth']} completions each; {record['arguments']['search_repeats']} runs of each "
         f"setting on the half that chooses, {record['arguments']['repeats']} on the half that reports "

@@ -14,9 +14,7 @@ the other half reports. Writes `benchmarks/results/values.json`, `docs/images/va
 
 import argparse
 import itertools
-import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from transformers import AutoTokenizer
 from dapo_trl import math_reward
 from dapo_trl.rollouts import RolloutConfig, value_solutions
 from dapo_trl.steps import split_step_ids
-from recording import REPOSITORY, machine, versions, write_between
+from recording import REPOSITORY, keep, origin, write_between
 from value_pool import (
     NUM_DRAWS,
     PROBLEM_SEED,
@@ -445,18 +443,14 @@ def main() -> None:
     arguments = parser.parse_args()
     pool = load_pool(arguments)
     record = {
-        "command": " ".join(["python benchmarks/values.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        **origin(" ".join(["python benchmarks/values.py", *sys.argv[1:]]), PACKAGES),
         "seeds": {"problems": PROBLEM_SEED, "sampling": 0, "draws": "the number of the run", "bootstrap": 0},
         "arguments": {
             name: getattr(arguments, name) for name in ("num_problems", "num_truth", "search_repeats", "repeats")
         },
         "results": measure(pool, AutoTokenizer.from_pretrained(STUDENT), arguments),
     }
-    path = REPOSITORY / "benchmarks" / "results" / "values.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    keep(record, "values")
     draw(record["results"], REPOSITORY / "docs" / "images" / "values_budget.png")
     write_between(REPOSITORY / "benchmarks" / "README.md", "values", details(record))
     print(table(record["results"]))

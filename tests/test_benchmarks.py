@@ -2,6 +2,7 @@
 What the comparison with other methods rests on: what each of them is trained on, and the statistics of its tables.
 """
 
+import importlib
 import json
 import sys
 from itertools import pairwise
@@ -20,6 +21,43 @@ import learning_report as report
 
 
 END = 1
+MARKS = {  # in benchmarks/README.md, of the scripts that have written between them
+    "prefix tree": "prefix_tree",
+    "scale": "scale",
+    "sampling": "sampling",
+    "values": "value_report",
+    "demo": "demo",
+    "gate": "gate",
+    "iterations": "iterations",
+    "estimators": "estimators",
+    "kill": "kill",
+    "servers": "servers",
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_documents_say_what_was_measured(mark):
+    """The tables are what the scripts make of the records that are kept."""
+    module = importlib.import_module(MARKS[mark])
+    name = "values" if mark == "values" else MARKS[mark]
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text())
+    text = (REPOSITORY / "benchmarks" / "README.md").read_text()
+    assert f"<!-- {mark} -->\n\n{module.details(record)}\n\n<!-- /{mark} -->" in text
+
+
+def test_readme_says_what_was_measured():
+    import demo
+    import iterations
+
+    text = " ".join((REPOSITORY / "README.md").read_text().split())
+    records = {path.stem: json.loads(path.read_text()) for path in (REPOSITORY / "benchmarks" / "results").glob("*")}
+    assert " ".join(demo.table(records["demo"]).split()) in text
+    assert f"by another {iterations.rise(records['iterations']['runs'], 'mean@4').lstrip('+')} points" in text
+    measured = records["prefix_tree"]["results"]
+    long, short = (measured["speed"][name]["ratio"] for name in ("200 x 20 x 30 x 8", "100 x 6 x 20 x 4"))
+    assert f"1/{long:.0f} of the time of padded sequences and {measured['memory']['ratio']:.0%} of their memory" in text
+    assert f"{measured['dpo']['ratio']:.0f} times as many candidates a second" in text
+    assert f"on shorter problems it took 1/{short:.0f} of the time" in text
 
 
 def solution(problem: str, sample: int, reward: float, truncated: bool = False) -> dict:
@@ -120,7 +158,7 @@ def test_tuning_goes_on_to_better_neighbours(tmp_path, monkeypatch):
     rates, betas = learning.RATES, (0.1, 0.3, 1.0, 3.0)
 
     def score(settings):
-        rate, beta = rates.index(settings["learning_rate"]), betas.index(settings.get("beta", 0.1))
+        rate, beta = rates.index(settings["learning_rate"]), betas.index(settings["beta"])
         return -abs(rate - 3) - 3 * abs(beta - 2) if beta else -7 - abs(rate - 2)
 
     def run_jobs(jobs, folder, num_processes):
@@ -134,11 +172,14 @@ def test_tuning_goes_on_to_better_neighbours(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "run_jobs", run_jobs)
     axes = (learning.RATE, learning.Axis("beta", betas, 0.1))
     monkeypatch.setattr(learning, "AXES", {"dpo": axes})
-    found = learning.tune("arithmetic", tmp_path, 1)["dpo"]
+    start = {"learning_rate": 1e-4, "beta": 0.1}
+    found = learning.tune("arithmetic", {"dpo": start}, tmp_path, 1)["dpo"]
     assert found["chosen"] == {"learning_rate": 2.5e-4, "beta": 1.0}
     tried = [tuple(result["settings"].items()) for result in found["tried"]]
     assert len(tried) == len(set(tried)) <= 5 + 4 * learning.MAX_ROUNDS
-    assert not any(result["settings"].get("beta") == 0.1 for result in found["tried"])
+    again = learning.tune("word_problems", {"dpo": found["chosen"]}, tmp_path, 1)["dpo"]
+    assert again["chosen"] == found["chosen"]
+    assert len(again["tried"]) < len(found["tried"])
 
 
 def task(**by_method: list[float]) -> dict:
