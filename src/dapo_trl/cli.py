@@ -189,8 +189,11 @@ def _diagnose_one(run: str, num_completions: int | None, max_problems: int | Non
         return
     from dapo_trl.fresh_diagnosis import diagnose_afresh
     from dapo_trl.recipe import Recipe
+    from dapo_trl.stages import process_state
 
-    print_diagnosis(diagnose_afresh(Recipe(settings, model_config), num_completions, max_problems))
+    found = diagnose_afresh(Recipe(settings, model_config), num_completions, max_problems)
+    if process_state().is_main_process:
+        print_diagnosis(found)
 
 
 def _processbench(arguments: list[str]) -> None:

@@ -103,9 +103,13 @@ def diagnose_run(folder: Path) -> Diagnosis:
     """
     data = scored_folder(folder)
     found = diagnose(*held_out_rows(data))
+    _keep(found, data)
+    return found
+
+
+def _keep(found: Diagnosis, data: Path) -> None:
     write_atomically(data / "diagnosis.json", dump_json(record(found) | {"scored": _scored(data)}))
     draw_calibration(found.calibration, data.parent / "calibration.png")
-    return found
 
 
 def diagnose_once(data: Path, is_main: bool = True) -> Row:
@@ -135,13 +139,12 @@ def diagnose_once(data: Path, is_main: bool = True) -> Row:
         diagnosis = diagnose(solutions, states)
     except TooFewProblemsError as error:
         found: Row = {"is_fit": False, "verdict": f"The critic could not be measured. {error}", "measures": {}}
-    else:
-        found = record(diagnosis)
         if is_main:
-            draw_calibration(diagnosis.calibration, data.parent / "calibration.png")
+            write_atomically(path, dump_json(found | {"scored": scored}))
+        return found
     if is_main:
-        write_atomically(path, dump_json(found | {"scored": scored}))
-    return found
+        _keep(diagnosis, data)
+    return record(diagnosis)
 
 
 def record(found: Diagnosis) -> Row:

@@ -216,6 +216,11 @@ class Iteration:
                 **self._trainer_arguments(),
             )
 
+        if self.arguments.critic.get("load_best_model_at_end") and self._is_main:
+            warn(
+                "`critic.load_best_model_at_end` chooses by the problems that the critic is then measured on: what is "
+                "measured looks a little better than it is."
+            )
         settings = self._settings(self.arguments.critic, self.critic, values.manifest["fingerprint"])
         if self.arguments.critic_states != "solutions":  # as of runs before there was a choice
             settings["states"] = self.arguments.critic_states

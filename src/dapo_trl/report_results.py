@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dapo_trl.diagnosing import MEASURES, held_out_rows
-from dapo_trl.diagnosis import Diagnosis, diagnose
+from dapo_trl.diagnosis import Diagnosis, TooFewProblemsError, diagnose
 from dapo_trl.files import numbered_folders, read_json, read_parquet, refuse_incomplete
 from dapo_trl.intervals import Estimate
 from dapo_trl.report_figures import (
@@ -210,7 +210,7 @@ def _critic(part: Iteration) -> Critic:
     rows = held_out_rows(data)
     try:
         found = diagnose(*rows)
-    except ValueError as error:  # too few problems, which does not stop a report
+    except TooFewProblemsError as error:  # which does not stop a report
         return Critic(part, note=str(error))
     measures = [
         (title, str(found.measures[name]) if name in found.measures else "cannot be measured")
