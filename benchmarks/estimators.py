@@ -7,8 +7,9 @@ Advantages are made of the values of candidate next steps. `monte_carlo` values 
 begin with it or pass through it, `critic` by the critic alone, `shrinkage` by both. As in `values.py`, completions come
 from a pool of 512 of every state of the kept solutions of 80 validation problems, so that values can be compared with
 those of completions that no estimate has seen; the variance of these is subtracted. A critic comes from the demo's run
-of each seed, which has never seen these problems. Its prior strength is fitted on one half of them; errors are those of
-the other half, with bootstrap intervals over problems.
+of each seed, which has never seen these problems; one more, "pooled", learns from the problems of all of these runs.
+The prior strength is fitted on one half of the problems; errors are those of the other half, with bootstrap intervals
+over problems.
 
 Writes `benchmarks/results/estimators.json`, `docs/images/estimators.png` and the table in `benchmarks/README.md`.
 """
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from dapo_trl import StepCriticConfig, StepCriticTrainer
+from dapo_trl.run_folder import held_out_problems
 from dapo_trl.shrinkage import fit_prior_strength, shrinkage_values
 from learning_jobs import TASKS, Data, make_data, run_in_processes
 from recording import REPOSITORY, keep, origin, origin_in_words, write_between
@@ -80,6 +82,27 @@ class Candidates:
         """Mean squared error, where each problem counts as often as its weight says."""
         w = weights_P[self.problem] * (self.counts if counts else 1.0)
         return float(np.average((values - self.truth) ** 2 - self.variance, weights=w))
+
+
+def pooled_critic(data: list[Data], folder: Path) -> Path:
+    """A critic trained as in the demo, but on the problems of several runs."""
+    if (folder / "config.json").exists():
+        return folder
+    solutions = []
+    for each in data:
+        rows = Dataset.from_parquet(str(each.run / "data" / "solutions_critic.parquet"))
+        held_out = held_out_problems(rows["problem_id"])
+        solutions.append(rows.filter(lambda row, held_out=held_out: row["problem_id"] not in held_out))
+    settings = data[0].task.settings["critic"] | {"use_cpu": True, "bf16": False, "report_to": "none"}
+    trainer = StepCriticTrainer(
+        model=str(STUDENT),
+        args=StepCriticConfig(str(folder), **settings, save_strategy="no", max_length=None),
+        train_dataset=concatenate_datasets(solutions),
+        processing_class=AutoTokenizer.from_pretrained(STUDENT),
+    )
+    trainer.train()
+    trainer.save_model()
+    return folder
 
 
 def critic_values(critic: Path, rows: list[Row]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
@@ -168,37 +191,45 @@ def _ends(draws: list[float]) -> list[float]:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| completions of a state | tokens a state | Monte Carlo | critic | shrinkage "
-        "| tokens that shrinkage saves at its error |",
-        "|---" * 6 + "|",
+        "| completions of a state | tokens a state | Monte Carlo | critic | shrinkage | tokens that it saves at its "
+        "error | critic of all runs | shrinkage with it | tokens that it saves |",
+        "|---" * 9 + "|",
     ]
-    points = results["points"]["drawn"]
-    for row, saved in enumerate(points["saved"]):
-        cells = [f"{points[name][row]['error']:.4f}" for name in STYLES]
-        share = "more than all curves have" if saved["share"] is None else f"{saved['share']:.0%}"
-        if saved["interval"]:
-            share += " ({:.0%} to {:.0%})".format(*saved["interval"])
-        tokens = points["monte_carlo"][row]["tokens"]
-        lines.append(f"| {saved['num_completions']} | {tokens:.0f} | {' | '.join(cells)} | {share} |")
+    demo, pooled = (results[name]["points"]["drawn"] for name in ("demo", "pooled"))
+    for row, number in enumerate(NUMBERS):
+        cells = [f"{demo[name][row]['error']:.4f}" for name in STYLES] + [_share(demo["saved"][row])]
+        cells += [f"{pooled[name][row]['error']:.4f}" for name in ("critic", "shrinkage")]
+        cells.append(_share(pooled["saved"][row]))
+        lines.append(f"| {number} | {demo['monte_carlo'][row]['tokens']:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _share(saved: dict[str, Any]) -> str:
+    if saved["share"] is None:
+        return "more than all curves have"
+    return f"{saved['share']:.0%}" + (" ({:.0%} to {:.0%})".format(*saved["interval"]) if saved["interval"] else "")
 
 
 def details(record: dict[str, Any]) -> str:
     return (
         f"{origin_in_words(record)} Mean "
         "squared error of candidates' values on 40 problems, each as often as it was drawn; means over "
-        f"{record['results']['critics']} critics.\n\n{table(record['results'])}"
+        f"{record['results']['demo']['critics']} critics.\n\n{table(record['results'])}"
     )
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axis = figure.subplots()
-    for name, (color, marker, title) in STYLES.items():
-        points = results["points"]["drawn"][name]
-        tokens, errors = [point["tokens"] for point in points], [point["error"] for point in points]
-        bars = np.abs(np.transpose([point["interval"] for point in points]) - errors)
-        axis.errorbar(tokens, errors, bars, color=color, marker=marker, markersize=5, capsize=2, label=title)
+    for critics, dashes, of in (("demo", "-", ""), ("pooled", "--", " of all runs")):
+        for name, (color, marker, title) in STYLES.items():
+            if critics == "pooled" and name == "monte_carlo":
+                continue
+            points = results[critics]["points"]["drawn"][name]
+            tokens, errors = [point["tokens"] for point in points], [point["error"] for point in points]
+            bars = np.abs(np.transpose([point["interval"] for point in points]) - errors)
+            style = {"color": color, "marker": marker, "linestyle": dashes}
+            axis.errorbar(tokens, errors, bars, markersize=5, capsize=2, label=title + of, **style)
     axis.set(xscale="log", yscale="log", xlabel="generated tokens per state")
     axis.set_ylabel("mean squared error of a candidate's value")
     axis.grid(alpha=0.3, which="both")
@@ -221,7 +252,10 @@ def main() -> None:
     record = {
         **origin(" ".join(["python benchmarks/estimators.py", *sys.argv[1:]]), PACKAGES),
         "seeds": {"problems": PROBLEM_SEED, "critics": given.seeds, "draws": "the number of the run", "bootstrap": 0},
-        "results": measure(bench, [each.run / "critic" for each in data], given.repeats),
+        "results": {
+            "demo": measure(bench, [each.run / "critic" for each in data], given.repeats),
+            "pooled": measure(bench, [pooled_critic(data, given.critics_dir / "pooled")], given.repeats),
+        },
     }
     keep(record, "estimators")
     draw(record["results"], REPOSITORY / "docs" / "images" / "estimators.png")

@@ -3,9 +3,11 @@ Is this better than what people do today? The same student, problems and number 
 
     python benchmarks/learning.py [--tasks arithmetic word_problems] [--seeds 0 1 2 3 4] [--output_dir runs/learning]
 
-Every method is tuned in the same way, on validation problems with the data of one seed that is not reported: five
-learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its settings
-(`AXES`: learning rate, beta, how long it trains). On the second task the other settings start from those of the first.
+Every method is tuned in the same way, on validation problems with the data of seeds that are not reported. On the first
+of them: five learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its
+settings (`AXES`: learning rate, beta, how long it trains). The best three go on to the other seeds, and the best of
+them over all is taken: a setting that is good once may fail the next time. On the second task the other settings start
+from those of the first.
 Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
 none of which anything was trained on: greedily, and 8 samples a problem at temperature 1. Intervals are Student's t
 over seeds; differences are paired: of the same seed.
@@ -27,7 +29,8 @@ from recording import REPOSITORY, keep, origin, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
-TUNING_SEED = 100  # of the data with which settings are chosen
+TUNING_SEEDS = (100, 101, 102)  # of the data with which settings are chosen; the search is on the first
+NUM_FINALISTS = 3  # settings that are tried on all of them
 RATES = (1.6e-5, 4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 3.7e-3)
 FIRST = RATES[1:-1]  # tried with the defaults of the other settings, before the search goes on from the best
 
@@ -69,7 +72,7 @@ def tune(task: str, starts: dict[str, Settings], folder: Path, num_processes: in
     as one of these is better.
     """
     groups = [
-        [Job(task, TUNING_SEED, method, "validation", start | {"learning_rate": rate}) for rate in FIRST]
+        [Job(task, TUNING_SEEDS[0], method, "validation", start | {"learning_rate": rate}) for rate in FIRST]
         for method, start in starts.items()
     ]
     run_jobs([job for group in groups for job in group], folder, num_processes)
@@ -77,13 +80,33 @@ def tune(task: str, starts: dict[str, Settings], folder: Path, num_processes: in
         for group in groups:
             group += _neighbours(group, folder)
         run_jobs([job for group in groups for job in group], folder, num_processes)
+    finals = [_finals(group, folder) for group in groups]
+    run_jobs([job for jobs in finals for job in jobs], folder, num_processes)
     return {
         group[0].method: {
-            "chosen": _best(group, folder)["settings"],
+            "chosen": _most_reliable(jobs, folder),
             "tried": [_kept(result) for result in run_jobs(group, folder, num_processes)],
+            "finals": [_kept(result) | {"seed": result["seed"]} for result in run_jobs(jobs, folder, num_processes)],
         }
-        for group in groups
+        for group, jobs in zip(groups, finals, strict=True)
     }
+
+
+def _finals(group: list[Job], folder: Path) -> list[Job]:
+    """The best settings of a search, on all tuning seeds."""
+    found = [json.loads(job.path(folder).read_text())[f"mean@{K}"] for job in group]
+    finalists = sorted(range(len(group)), key=found.__getitem__, reverse=True)[:NUM_FINALISTS]
+    return [replace(group[place], seed=seed) for place in finalists for seed in TUNING_SEEDS]
+
+
+def _most_reliable(jobs: list[Job], folder: Path) -> Settings:
+    """The settings with the best mean over the tuning seeds."""
+    scores: dict[int, list[float]] = {}
+    every = [job.settings for job in jobs]
+    for job in jobs:
+        score = json.loads(job.path(folder).read_text())[f"mean@{K}"]
+        scores.setdefault(every.index(job.settings), []).append(score)
+    return every[max(scores, key=lambda place: sum(scores[place]))]
 
 
 def _neighbours(group: list[Job], folder: Path) -> list[Job]:

@@ -77,13 +77,14 @@ def verdict(task: dict[str, Any]) -> str:
 
 
 def tuning_table(task: dict[str, Any]) -> str:
-    """All settings that were tried, on validation problems."""
+    """All settings that were tried, on validation problems; those of the finalists on all tuning seeds."""
     lines = [f"| method | settings | validation {METRICS[0]} | greedy |", "|---|---|---|---|"]
     for method, found in task["tuning"].items():
         for run in found["tried"]:
             settings = ", ".join(f"{name} {value:g}" for name, value in run["settings"].items())
             mark = "**" if run["settings"] == found["chosen"] else ""
-            cells = [f"{mark}{100 * run[metric]:.1f}{mark}" for metric in METRICS]
+            again = [other for other in found["finals"] if other["settings"] == run["settings"]] or [run]
+            cells = [mark + ", ".join(f"{100 * each[metric]:.1f}" for each in again) + mark for metric in METRICS]
             lines.append(f"| {TITLES[method]} | {settings} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -165,7 +165,14 @@ def test_tuning_goes_on_to_better_neighbours(tmp_path, monkeypatch):
         for job in jobs:
             path = job.path(folder)
             path.parent.mkdir(parents=True, exist_ok=True)
-            result = {"settings": job.settings, "mean@8": score(job.settings), "greedy": 0, "pass@8": 0, "tokens": 0}
+            result = {
+                "settings": job.settings,
+                "seed": job.seed,
+                "mean@8": score(job.settings),
+                "greedy": 0,
+                "pass@8": 0,
+                "tokens": 0,
+            }
             path.write_text(json.dumps(result | {"training_seconds": 0}))
         return [json.loads(job.path(folder).read_text()) for job in jobs]
 
@@ -175,11 +182,26 @@ def test_tuning_goes_on_to_better_neighbours(tmp_path, monkeypatch):
     start = {"learning_rate": 1e-4, "beta": 0.1}
     found = learning.tune("arithmetic", {"dpo": start}, tmp_path, 1)["dpo"]
     assert found["chosen"] == {"learning_rate": 2.5e-4, "beta": 1.0}
+    assert len(found["finals"]) == learning.NUM_FINALISTS * len(learning.TUNING_SEEDS)
     tried = [tuple(result["settings"].items()) for result in found["tried"]]
     assert len(tried) == len(set(tried)) <= 5 + 4 * learning.MAX_ROUNDS
     again = learning.tune("word_problems", {"dpo": found["chosen"]}, tmp_path, 1)["dpo"]
     assert again["chosen"] == found["chosen"]
     assert len(again["tried"]) < len(found["tried"])
+
+
+def test_tuning_takes_what_is_good_on_all_seeds(tmp_path):
+    """By hand: 0.9 once and 0.2 twice is less than 0.8 three times."""
+    import learning
+
+    jobs = []
+    for rate, scores in ((1e-3, (0.9, 0.2, 0.2)), (1e-4, (0.8, 0.8, 0.8))):
+        for seed, score in zip(learning.TUNING_SEEDS, scores, strict=True):
+            jobs.append(learning_jobs.Job("arithmetic", seed, "kto", "validation", {"learning_rate": rate}))
+            jobs[-1].path(tmp_path).parent.mkdir(parents=True, exist_ok=True)
+            jobs[-1].path(tmp_path).write_text(json.dumps({"mean@8": score}))
+    assert learning._most_reliable(jobs, tmp_path) == {"learning_rate": 1e-4}
+    assert len(learning._finals(jobs[::3], tmp_path)) == 6
 
 
 def task(**by_method: list[float]) -> dict:
