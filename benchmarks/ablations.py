@@ -67,7 +67,8 @@ class Ablation:
 
 ABLATIONS = (
     Ablation("beta", "beta", (0.002, 0.01, 0.02, 0.03, 0.1, 0.2, 0.5), 0.03),
-    Ablation("passes over the states", "num_train_epochs", (1, 2, 5, 10), 5),
+    Ablation("passes over the states", "num_train_epochs", (1, 2, 3, 5, 8), 3),
+    Ablation("states with nothing to compare", "anchor_states", (False, True), True),
     Ablation("smallest advantage gap of a state", "min_advantage_gap", (0.0, 0.1, 0.2, 0.4), 0.1),
     Ablation("mean of the loss over", "reduction", REDUCTIONS, "samples"),
     Ablation("completions of a state", "num_completions", (2, 4, 8, 16, 32), 8, is_of_data=True),

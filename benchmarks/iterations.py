@@ -4,9 +4,9 @@ The iterative method over several seeds: is the second policy at least as good a
     python benchmarks/iterations.py [--seeds 0 1 2 3 4] [--output_dir runs/iterations]
 
 Each run is `dapo-trl run examples/recipes/demo.yaml` with two iterations on the critic's values: the first policy
-samples the second round's data and is its reference, and the critic goes on from the first one's. A run that is there
-goes on where it was. Writes `benchmarks/results/iterations.json` and the table between the marks of
-`benchmarks/README.md`.
+samples the second round's data and is its reference, and the critic goes on from the first one's. Iterations take
+smaller steps than the demo does at once: `STEPS`. A run that is there goes on where it was. Writes
+`benchmarks/results/iterations.json` and the table between the marks of `benchmarks/README.md`.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from recording import REPOSITORY, interval, keep, origin, origin_in_words, write
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
+STEPS = {"beta": 0.1, "learning_rate": 4e-4, "max_steps": 80}  # of the policy
 METRICS = {"greedy": "greedy", "mean@4": "mean_at_k"}
 
 
@@ -26,6 +27,8 @@ def run(seed: int, output_dir: Path) -> list[dict]:
     """Accuracies before training and after each iteration."""
     recipe = REPOSITORY / "examples" / "recipes" / "demo.yaml"
     command = [sys.executable, "-m", "dapo_trl", "run", str(recipe), "--iterations", "2", "--values", "critic"]
+    command += ["--anchor_states", "false"]  # as they were measured
+    command += [word for name, value in STEPS.items() for word in (f"--policy.{name}", str(value))]
     subprocess.run([*command, "--seed", str(seed), "--output_dir", str(output_dir)], check=True)
     results = json.loads((output_dir / "results.json").read_text())
     return [results["before"], *(iteration["policy_critic"] for iteration in results["iterations"])]

@@ -5,7 +5,7 @@ Is this better than what people do today? The same student, problems and number 
 
 Every method is tuned in the same way, on validation problems with the data of seeds that are not reported. On the first
 of them: five learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its
-settings (`AXES`: learning rate, beta, how long it trains). The best three go on to the other seeds, and the best of
+settings (`AXES`: learning rate, beta, how long it trains). The best six go on to the other seeds, and the best of
 them over all is taken: a setting that is good once may fail the next time. On the second task the other settings start
 from those of the first.
 Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
@@ -30,7 +30,7 @@ from recording import REPOSITORY, keep, origin, write_between
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEEDS = (100, 101, 102)  # of the data with which settings are chosen; the search is on the first
-NUM_FINALISTS = 3  # settings that are tried on all of them
+NUM_FINALISTS = 6  # settings that are tried on all of them
 RATES = (1.6e-5, 4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 3.7e-3)
 FIRST = RATES[1:-1]  # tried with the defaults of the other settings, before the search goes on from the best
 

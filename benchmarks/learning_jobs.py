@@ -122,6 +122,10 @@ class Data:
         """State rows with counts and the critic's values."""
         return Dataset.from_parquet(str(self.run / "data" / "states_critic.parquet"), cache_dir=self._cache)
 
+    def kept_solutions(self) -> Dataset:
+        """The solutions whose states these are."""
+        return Dataset.from_parquet(str(self.run / "data" / "solutions_critic.parquet"), cache_dir=self._cache)
+
     def problem_ids(self) -> list[str]:
         """Problems of the solution rows: every tenth of them is held out from the critic. A few have no state rows."""
         path = str(self.run / "data" / "solutions_critic.parquet")

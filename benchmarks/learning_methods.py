@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import (
     DPOConfig,
@@ -23,6 +23,7 @@ from trl import (
 )
 
 from dapo_trl import DAPOConfig, DAPOTrainer, add_advantages, math_reward
+from dapo_trl.anchors import anchor_states
 from dapo_trl.run_folder import held_out_problems
 from dapo_trl.shrinkage import add_shrinkage_values, fit_strength
 from learning_jobs import Data, dapo_trl, make_engine
@@ -116,8 +117,12 @@ def weigh_alike(row: Row) -> Row:
 def train_policy(source: str, data: Data, settings: dict[str, Any]) -> Trained:
     """One iteration: the policy of the recipe, on data that are there."""
     reduction = settings.pop("reduction", "samples")
+    anchored = settings.pop("anchor_states", data.task.settings["anchor_states"])
     policy = data.task.settings["policy"] | {"duplicate_weights": WEIGHTS[reduction]} | settings
-    return train(DAPOTrainer, DAPOConfig, data, states_by(source, data, reduction), data.tokens, **policy)
+    rows = states_by(source, data, reduction)
+    if anchored:
+        rows = concatenate_datasets([rows, anchor_states(data.kept_solutions(), rows)])
+    return train(DAPOTrainer, DAPOConfig, data, rows, data.tokens, **policy)
 
 
 def train_twice(source: str, data: Data, settings: dict[str, Any]) -> Trained:

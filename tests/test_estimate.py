@@ -94,6 +94,16 @@ def test_half_of_the_states():
     assert tokens == pytest.approx(50 * (20 + 40 * (8 + 2**-10) + 370))
 
 
+def test_anchors():
+    """All 37 states, every second one with 2 further steps of 10 tokens; padded, each step with prompt and prefix."""
+    half = {"estimate": BY_HAND | {"contrast": 0.5}, "anchor_states": True}
+    assert stages(**half)["policy"].tokens_trained == pytest.approx(50 * (20 + 400 + 370))
+    padded = stages(**half, policy=BATCH | {"layout": "padded"})["policy"].tokens_trained
+    assert padded == pytest.approx(50 * (37 + 37) * 70)
+    passes = stages(**half, policy=BATCH | {"max_steps": 37})["policy"].tokens_trained / (50 * 790)
+    assert passes == pytest.approx(37 * 64 / 1850)
+
+
 def test_cuts():
     """37 rows in batches of 10 make 3.7 - 1 cuts, at each of which the prompt and half a solution are read again."""
     tokens = stages(policy={"per_device_train_batch_size": 10})["policy"].tokens_trained
@@ -188,15 +198,14 @@ def test_order_of_magnitude_of_the_paper():
 def test_against_a_real_run():
     """
     Tokens of the demo with seed 0: generated as its manifests say; trained, counted in its tables: unique ones of
-    solutions (9 problems of 10, 6 epochs) and of state rows with contrast (80 batches of 64 of 2,463 rows; the
-    estimate takes every problem to have some).
+    solutions (9 problems of 10, 6 epochs) and of state rows (2,463 with contrast and 4,911 anchors).
     """
     found = estimate(Recipe(*parse_recipe(str(RECIPES[0]))))["stages"]
     measured = {"evaluation before": 168_969, "solutions": 184_835, "completions": 439_479}
     for name, tokens in measured.items():
         assert 1 / 1.5 < found[name].tokens_generated / tokens < 1.5, name
     assert 1 / 1.5 < found["critic"].tokens_trained / (54_579 * 0.9 * 6) < 1.5
-    assert 1 / 1.5 < found["policy"].tokens_scored / 39_435 / 2 < 1.5  # two policies
+    assert 1 / 1.5 < found["policy"].tokens_scored / 60_922 / 2 < 1.5  # two policies
 
 
 # ---- Assumptions ----

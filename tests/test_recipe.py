@@ -331,6 +331,22 @@ def test_critic_of_candidates(commands, tmp_path, again):
     assert json.loads((again / "critic" / "stage.json").read_text())["results"]["dropped"]["train"]["rows"] > solutions
 
 
+def test_policy_without_anchors(commands, tmp_path, again):
+    """The demo's policy has learned from states with nothing to compare; one that has not is another policy."""
+    command = ("train", RECIPE, *SMALL, "--anchor_states", "false", "--output_dir", again)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code != 0
+    assert "anchor_states" in text
+    stage = again / "policy" / "stage.json"
+    anchored = json.loads(stage.read_text())["results"]["dropped"]["train"]["rows"]
+    for name in ("policy", "policy_monte_carlo"):
+        shutil.rmtree(again / name)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    compared = json.loads(stage.read_text())["results"]["dropped"]["train"]["rows"]
+    assert anchored > compared == len(Dataset.from_parquet(str(again / "data" / "states_critic.parquet")))
+
+
 def test_reliability(commands, tmp_path, again):
     """All sources of values say how far their advantages can be relied on, and policies are trained with that."""
     for name in ("policy", "policy_monte_carlo"):

@@ -149,8 +149,12 @@ class _Plan:
 
     def policy(self) -> StageCost:
         given = self.arguments.policy
-        tokens = self.num_kept * self._state_tokens(given, self.assumed.contrast)
-        passes = self._passes(given, self.num_kept * self.num_rows)
+        if self.arguments.anchor_states:  # as if there were nothing to compare at all other states
+            num_rows, tokens = self.num_states, self._anchored_tokens(given)
+        else:
+            num_rows, tokens = self.num_rows, self._state_tokens(given, self.assumed.contrast)
+        tokens *= self.num_kept
+        passes = self._passes(given, self.num_kept * num_rows)
         num_reference = 1.0 if given.get("precompute_ref_log_probs", True) else passes
         return self._training(tokens * passes, tokens * num_reference, self.assumed.num_parameters, given)
 
@@ -167,6 +171,14 @@ class _Plan:
             return num_rows * (1 + self.assumed.siblings) * (self.assumed.prompt_tokens + self.solution_tokens / 2)
         tree = prefixes + num_rows * self.assumed.siblings * step_tokens
         return self._row_tokens(given, num_rows, tree, self.solution_tokens / 2)
+
+    def _anchored_tokens(self, given: dict[str, Any]) -> float:
+        """Tokens of a problem's states, all of which are used, and of the next steps that no kept solution takes."""
+        num_candidates = self.num_rows * self.assumed.siblings
+        if given.get("layout", "tree") == "padded":
+            return (self.num_states + num_candidates) * (self.assumed.prompt_tokens + self.solution_tokens / 2)
+        tree = self.kept_tokens + num_candidates * self.solution_tokens / self.assumed.steps
+        return self._row_tokens(given, self.num_states, tree, self.solution_tokens / 2)
 
     def _row_tokens(self, given: dict[str, Any], num_rows: float, tree: float, path: float) -> float:
         """Tokens of a problem's rows: each once, but for the path to where a batch cuts its tree; or padded."""
@@ -283,6 +295,9 @@ def _short(number: float) -> str:
 
 def _footer(arguments: RecipeArguments, cost: dict[str, Any]) -> list[str]:
     a: Assumptions = cost["assumptions"]
+    used = f"{a.contrast:.0%} of the states are trained on,"
+    if arguments.anchor_states:
+        used = f"All states are trained on, {a.contrast:.0%} of them"
     rates = {engine: f"{cost['tokens_per_second'][engine]:,.0f}" for engine in cost["tokens_per_second"]}
     speeds = ", ".join(f"{rate} with the engine {engine!r}" for engine, rate in rates.items())
     lines = [
@@ -291,8 +306,8 @@ def _footer(arguments: RecipeArguments, cost: dict[str, Any]) -> list[str]:
         f"{a.signal:.0%} of the problems have right and wrong solutions; each of these has {cost['states']:,.0f} "
         f"states ({a.shared:.0%} of those of kept solutions shared) and draws {cost['completions']:,.0f} completions "
         f"({a.reuse:.0%} saved by reuse, {a.adaptive or 0:.0%} of the rest by adaptive budgets).",
-        f"{a.contrast:.0%} of the states are trained on, with {a.siblings:g} next steps each that no kept solution "
-        "took. Tokens that rows of a batch share are counted once under the layout 'tree'.",
+        f"{used} with {a.siblings:g} next steps each that no kept solution took. Tokens that rows of a batch "
+        "share are counted once under the layout 'tree'.",
         f"Tokens generated a second and GPU: {speeds}.",
         "Training takes 6 FLOPs per parameter and token, 8 with gradient checkpointing, 2 fewer for an adapter; "
         f"scoring 2; at {TRAINING_UTILIZATION:.0%} of {a.gpu_tflops:g} TFLOPS.",

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl import get_peft_config, get_quantization_config
 
 from dapo_trl.advantages import add_advantages
+from dapo_trl.anchors import anchor_states
 from dapo_trl.cards import add_card_results
 from dapo_trl.critic_gate import refuse_unfit
 from dapo_trl.critic_rows import candidate_solutions
@@ -137,7 +138,7 @@ class Iteration:
             self._write(states["monte_carlo"], "states_monte_carlo")
         if "train" in stages:
             for source, rows in states.items():
-                self._train_policy(source, rows, values.manifest["fingerprint"])
+                self._train_policy(source, rows, values)
         return self.results
 
     # ---- Stages ----
@@ -299,16 +300,20 @@ class Iteration:
         """Whether values are shrunk towards the critic: not if it is unfit, unless that is allowed."""
         return self.arguments.allow_unfit_critic or self.results["critic"]["diagnosis"]["is_fit"]
 
-    def _train_policy(self, source: str, rows: Dataset, values: str) -> None:
+    def _train_policy(self, source: str, rows: Dataset, values: ShardStore) -> None:
         title = f"{source.replace('_', ' ')} values"
         folder = self.folder / policy_folder(source)
         print_title(f"Policy, {title}", folder / "stage.json")
 
         def make_trainer(args: dict[str, Any]) -> DAPOTrainer:
-            config = DAPOConfig(**args)
-            return DAPOTrainer(self.generator, args=config, train_dataset=rows, **self._trainer_arguments())
+            config, used = DAPOConfig(**args), rows
+            if self.arguments.anchor_states:
+                used = concatenate_datasets([rows, anchor_states(values.table("solutions"), rows)])
+            return DAPOTrainer(self.generator, args=config, train_dataset=used, **self._trainer_arguments())
 
-        settings = self._settings(self.arguments.policy, self.generator, values)
+        settings = self._settings(self.arguments.policy, self.generator, values.manifest["fingerprint"])
+        if self.arguments.anchor_states:  # as of runs before there was a choice
+            settings["anchor_states"] = True
         if source != "monte_carlo":
             scored = read_json(self._scored, ["config"], cure="Delete it to do this step again")
             settings |= {"scored": scored["config"]}

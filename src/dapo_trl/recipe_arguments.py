@@ -128,6 +128,13 @@ class RecipeArguments:
             "choices": _CHOICES["critic_states"],
         },
     )
+    anchor_states: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the policy also on the states of the kept solutions with nothing to compare, with an "
+            "advantage of 0: it stays what it was there."
+        },
+    )
     critic: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Arguments of `StepCriticConfig`, as YAML section or JSON."}
     )
