@@ -252,7 +252,7 @@ def test_a_second_iteration_later(commands, tmp_path):
         (["--num_completions", "6"], "values", "`rollouts.num_completions` was 8, is now 6"),
         (["--critic.learning_rate", "1e-3"], "critic", "`arguments.learning_rate` was 0.0005, is now 0.001"),
         (["--lora_r", "4"], "critic", "`model_config.lora_r` was None, is now 4"),
-        (["--policy.beta", "0.2"], "policy", "`arguments.beta` was 0.1, is now 0.2"),
+        (["--policy.beta", "0.2"], "policy", "`arguments.beta` was 0.03, is now 0.2"),
         (["--eval_k", "1"], "before.json", "`k` was 2, is now 1"),
         (["--dtype", "bfloat16"], "before.json", "`loading.dtype` was 'float32', is now 'bfloat16'"),
     ],
