@@ -12,6 +12,8 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from dapo_trl.dataset_checks import refuse_missing_columns
+
 
 Row = dict[str, Any]
 
@@ -52,13 +54,9 @@ def anchor_states(solutions: Dataset, states: Dataset) -> Dataset:
 
     ```
     """
-    needed = {"solutions": (solutions, ("problem_id", "completions")), "states": (states, ("problem_id", "advantages"))}
-    for name, (rows, columns) in needed.items():
-        if missing := [column for column in columns if column not in rows.column_names]:
-            raise ValueError(
-                f"`{name}` needs the columns {', '.join(map(repr, columns))}; {', '.join(map(repr, missing))} are not "
-                "there. The stages `values` and `advantages` of a run write them."
-            )
+    cure = "The stages `values` and `advantages` of a run write them."
+    refuse_missing_columns(solutions, "`solutions` needs", ("problem_id", "completions"), cure)
+    refuse_missing_columns(states, "`states` needs", ("problem_id", "advantages"), cure)
     known = {(row["problem_id"], *row["prefix"]) for row in states.select_columns(["problem_id", "prefix"])}
     chunks = [states.select([])]
     for start in range(0, len(solutions), _CHUNK):

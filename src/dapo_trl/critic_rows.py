@@ -11,6 +11,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
+from dapo_trl.dataset_checks import refuse_missing_columns
+
 
 Row = dict[str, Any]
 
@@ -53,11 +55,7 @@ def candidate_solutions(states: Dataset, solutions: Dataset) -> Dataset:
     ```
     """
     needed = ("problem_id", "prefix", "candidates", "values", "mc_successes", "mc_rollouts")
-    if missing := [name for name in needed if name not in states.column_names]:
-        raise ValueError(
-            f"State rows need the columns {', '.join(map(repr, needed))}; {', '.join(map(repr, missing))} are not "
-            "there. The stage `values` of a run writes them."
-        )
+    refuse_missing_columns(states, "State rows need", needed, "The stage `values` of a run writes them.")
     taken = {
         (problem, *steps[: depth + 1])
         for problem, steps in zip(solutions["problem_id"], solutions["completions"], strict=True)

@@ -4,6 +4,7 @@ What is refused of a data set before its rows are tokenized, what is said of it,
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -62,6 +63,28 @@ def refuse_values_without_advantages(dataset: Dataset, name: str) -> None:
             f"`{name}_dataset` has `{values[0]}`, but no `advantages`. Compute them first: "
             f'`add_advantages(dataset, "{values[0]}")`.'
         )
+
+
+def refuse_missing_columns(dataset: Dataset, who: str, columns: Sequence[str], cure: str) -> None:
+    """
+    Refuse a data set that lacks columns.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Any rows.
+        who (`str`):
+            Who needs them, such as `"Shrinkage needs"`.
+        columns (`Sequence[str]`):
+            What must be there.
+        cure (`str`):
+            A sentence on where they come from.
+
+    Raises:
+        ValueError: if one is missing.
+    """
+    if missing := [name for name in columns if name not in dataset.column_names]:
+        needed, absent = (", ".join(map(repr, names)) for names in (columns, missing))
+        raise ValueError(f"{who} the columns {needed}; {absent} are not there. {cure}")
 
 
 def warn_of_another_end(dataset: Dataset, row_format: str, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

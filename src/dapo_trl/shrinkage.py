@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
+from dapo_trl.dataset_checks import refuse_missing_columns
+
 
 # A critic that is sure is sure up to this: a prior of exactly 0 or 1 would outvote any number of rollouts.
 _CLOSEST = 1e-3
@@ -401,12 +403,9 @@ def _fit_prior(successes: list[float], rollouts: list[float]) -> tuple[float, fl
 
 
 def _refuse_missing(dataset: Dataset, columns: Sequence[str]) -> None:
-    if missing := [name for name in columns if name not in dataset.column_names]:
-        what = "Shrinkage needs" if columns == _COLUMNS else "Standard errors need"
-        raise ValueError(
-            f"{what} the columns {', '.join(map(repr, columns))}; {', '.join(map(repr, missing))} are not "
-            "there. Sampling writes the counts, `StepCriticTrainer.predict_values` adds the critic's values."
-        )
+    who = "Shrinkage needs" if columns == _COLUMNS else "Standard errors need"
+    cure = "Sampling writes the counts, `StepCriticTrainer.predict_values` adds the critic's values."
+    refuse_missing_columns(dataset, who, columns, cure)
 
 
 def _log_likelihood(k_S: np.ndarray, n_S: np.ndarray, v_S: np.ndarray, strength: float) -> float:
