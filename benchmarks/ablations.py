@@ -55,8 +55,7 @@ class Ablation:
     is_of_data: bool = False
 
     def job(self, value: Any, seed: int) -> Job:
-        policy = TASKS[TASK].settings["policy"]
-        settings = {name: policy[name] for name in ("learning_rate", "beta", "num_train_epochs")}
+        settings = {name: POLICY[name] for name in ("learning_rate", "beta", "num_train_epochs")}
         data: tuple[str, ...] = ()
         if value != self.default and self.is_of_data:
             data = (f"--{self.name}", str(value))
@@ -65,15 +64,19 @@ class Ablation:
         return Job(TASK, seed, "critic", "validation", settings, data)
 
 
+RECIPE = TASKS[TASK].settings
+POLICY = RECIPE["policy"]
 ABLATIONS = (
-    Ablation("beta", "beta", (0.002, 0.01, 0.02, 0.03, 0.1, 0.2, 0.5), 0.03),
-    Ablation("passes over the states", "num_train_epochs", (1, 2, 3, 5, 8), 3),
-    Ablation("states with nothing to compare", "anchor_states", (False, True), True),
+    Ablation("beta", "beta", (0.002, 0.01, 0.02, 0.03, 0.1, 0.2, 0.5), POLICY["beta"]),
+    Ablation("passes over the states", "num_train_epochs", (1, 2, 3, 5, 8), POLICY["num_train_epochs"]),
+    Ablation("states with nothing to compare", "anchor_states", (False, True), RECIPE["anchor_states"]),
     Ablation("smallest advantage gap of a state", "min_advantage_gap", (0.0, 0.1, 0.2, 0.4), 0.1),
     Ablation("mean of the loss over", "reduction", REDUCTIONS, "samples"),
-    Ablation("completions of a state", "num_completions", (2, 4, 8, 16, 32), 8, is_of_data=True),
-    Ablation("solutions kept of a problem", "num_kept", (2, 4, 8), 4, is_of_data=True),
-    Ablation("problems", "num_train_problems", (175, 350, 700, 1400), 700, is_of_data=True),
+    Ablation(
+        "completions of a state", "num_completions", (2, 4, 8, 16, 32), RECIPE["num_completions"], is_of_data=True
+    ),
+    Ablation("solutions kept of a problem", "num_kept", (2, 4, 8), RECIPE["num_kept"], is_of_data=True),
+    Ablation("problems", "num_train_problems", (175, 350, 700, 1400), RECIPE["num_train_problems"], is_of_data=True),
     Ablation("states that the critic learns from", "critic_states", ("solutions", "candidates"), "solutions", True),
     Ablation("layers of the critic", "critic_layers", (2, 4, 6), 6, is_of_data=True),
 )
@@ -176,7 +179,7 @@ def main() -> None:
     record = {
         **origin(" ".join(["python benchmarks/ablations.py", *sys.argv[1:]]), PACKAGES),
         "seeds": given.seeds,
-        "settings": TASKS[TASK].settings,
+        "settings": RECIPE,
         "results": measure(given.seeds, given.output_dir, given.num_processes),
     }
     keep(record, "ablations")

@@ -90,9 +90,9 @@ def pooled_critic(data: list[Data], folder: Path) -> Path:
         return folder
     solutions = []
     for each in data:
-        rows = Dataset.from_parquet(str(each.run / "data" / "solutions_critic.parquet"))
-        held_out = held_out_problems(rows["problem_id"])
-        solutions.append(rows.filter(lambda row, held_out=held_out: row["problem_id"] not in held_out))
+        held_out = held_out_problems(each.problem_ids())
+        seen = each.kept_solutions().filter(lambda row, held_out=held_out: row["problem_id"] not in held_out)
+        solutions.append(seen)
     settings = data[0].task.settings["critic"] | {"use_cpu": True, "bf16": False, "report_to": "none"}
     trainer = StepCriticTrainer(
         model=str(STUDENT),

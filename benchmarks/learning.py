@@ -92,40 +92,33 @@ def tune(task: str, starts: dict[str, Settings], folder: Path, num_processes: in
     }
 
 
+def _score(job: Job, folder: Path) -> float:
+    return json.loads(job.path(folder).read_text())[f"mean@{K}"]
+
+
 def _finals(group: list[Job], folder: Path) -> list[Job]:
     """The best settings of a search, on all tuning seeds."""
-    found = [json.loads(job.path(folder).read_text())[f"mean@{K}"] for job in group]
-    finalists = sorted(range(len(group)), key=found.__getitem__, reverse=True)[:NUM_FINALISTS]
-    return [replace(group[place], seed=seed) for place in finalists for seed in TUNING_SEEDS]
+    finalists = sorted(group, key=lambda job: _score(job, folder), reverse=True)[:NUM_FINALISTS]
+    return [replace(job, seed=seed) for job in finalists for seed in TUNING_SEEDS]
 
 
 def _most_reliable(jobs: list[Job], folder: Path) -> Settings:
     """The settings with the best mean over the tuning seeds."""
-    scores: dict[int, list[float]] = {}
-    every = [job.settings for job in jobs]
-    for job in jobs:
-        score = json.loads(job.path(folder).read_text())[f"mean@{K}"]
-        scores.setdefault(every.index(job.settings), []).append(score)
-    return every[max(scores, key=lambda place: sum(scores[place]))]
+    scores = [(job.settings, _score(job, folder)) for job in jobs]
+    return max((job.settings for job in jobs), key=lambda given: sum(s for settings, s in scores if settings == given))
 
 
 def _neighbours(group: list[Job], folder: Path) -> list[Job]:
     """The settings next to the best ones that were not tried."""
-    axes = AXES[group[0].method]
-    best = _best(group, folder)["settings"]
+    best = max(group, key=lambda job: _score(job, folder)).settings
     tried = [job.settings for job in group]
     near = [
         best | {axis.name: axis.values[place]}
-        for axis in axes
+        for axis in AXES[group[0].method]
         for place in (axis.values.index(best[axis.name]) - 1, axis.values.index(best[axis.name]) + 1)
         if 0 <= place < len(axis.values)
     ]
     return [replace(group[0], settings=each) for each in near if each not in tried]
-
-
-def _best(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
-    results = [json.loads(job.path(folder).read_text()) for job in jobs]
-    return max(results, key=lambda result: result[f"mean@{K}"])
 
 
 def _kept(result: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +129,7 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
 def compare(
     task: str, starts: dict[str, Settings], seeds: Sequence[int], folder: Path, num_processes: int
 ) -> dict[str, Any]:
-    """Tune on one seed, report the others."""
+    """Tune on the tuning seeds, report the others."""
     tuned = tune(task, starts, folder, num_processes)
     settings = {"student": {}} | {method: found["chosen"] for method, found in tuned.items()}
     settings |= {method: tuned[first]["chosen"] for method, first in TWICE.items()}

@@ -128,8 +128,7 @@ class Data:
 
     def problem_ids(self) -> list[str]:
         """Problems of the solution rows: every tenth of them is held out from the critic. A few have no state rows."""
-        path = str(self.run / "data" / "solutions_critic.parquet")
-        return Dataset.from_parquet(path, columns=["problem_id"], cache_dir=self._cache)["problem_id"][:]
+        return self.kept_solutions()["problem_id"][:]
 
     @property
     def _cache(self) -> str:

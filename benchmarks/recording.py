@@ -48,8 +48,9 @@ def origin(command: str, packages: Sequence[str]) -> dict[str, Any]:
 def origin_in_words(record: dict[str, Any], how: str = "") -> str:
     """The same as sentences; `how` is what there is to say of the machine's use."""
     installed = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    machine = record["machine"] + how
-    return f"Command: `{record['command']}`, {record['date']}. Machine: {machine}. Versions: {installed}."
+    return (
+        f"Command: `{record['command']}`, {record['date']}. Machine: {record['machine']}{how}. Versions: {installed}."
+    )
 
 
 def keep(record: dict[str, Any], name: str) -> None:

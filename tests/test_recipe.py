@@ -169,14 +169,8 @@ def test_a_critic_measured_while_it_trains(commands, tmp_path, again):
     for name in ("critic", "data"):
         shutil.rmtree(again / name)
     settings = ("--critic.eval_strategy", "steps", "--critic.eval_steps", "1", "--critic.max_steps", "2")
-    settings += (
-        "--critic.load_best_model_at_end",
-        "true",
-        "--critic.save_strategy",
-        "steps",
-        "--critic.save_steps",
-        "1",
-    )
+    settings += ("--critic.save_strategy", "steps", "--critic.save_steps", "1")
+    settings += ("--critic.load_best_model_at_end", "true")
     code, text = commands.run("score", RECIPE, *SMALL, *settings, "--output_dir", again, output=tmp_path / "log")
     assert code == 0, text[-3000:]
     logs = json.loads((again / "critic" / "trainer_state.json").read_text())["log_history"]

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from dapo_trl.dataset_checks import refuse_missing_columns
+from dapo_trl.tables import to_dataset
 
 
 Row = dict[str, Any]
@@ -60,12 +61,9 @@ def anchor_states(solutions: Dataset, states: Dataset) -> Dataset:
     known = {(row["problem_id"], *row["prefix"]) for row in states.select_columns(["problem_id", "prefix"])}
     chunks = [states.select([])]
     for start in range(0, len(solutions), _CHUNK):
-        columns: dict[str, list[Any]] = {name: [] for name in states.features}
-        for solution in solutions.select(range(start, min(start + _CHUNK, len(solutions)))):
-            for row in _rows(solution, known):
-                for name, column in columns.items():
-                    column.append(row.get(name))
-        chunks.append(Dataset.from_dict(columns, features=states.features))
+        chunk = solutions.select(range(start, min(start + _CHUNK, len(solutions))))
+        rows = [row for solution in chunk for row in _rows(solution, known)]
+        chunks.append(to_dataset(rows, states.features))
     return concatenate_datasets(chunks)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from dapo_trl.dataset_checks import refuse_missing_columns
+from dapo_trl.tables import to_dataset
 
 
 Row = dict[str, Any]
@@ -62,12 +63,7 @@ def candidate_solutions(states: Dataset, solutions: Dataset) -> Dataset:
         for depth in range(len(steps))
     }
     features = Features({**solutions.features, "truncated": Value("bool")})
-    columns: dict[str, list[Any]] = {name: [] for name in features}
-    for state in states:
-        for row in _rows(state, taken):
-            for name, column in columns.items():
-                column.append(row.get(name))
-    return Dataset.from_dict(columns, features=features)
+    return to_dataset([row for state in states for row in _rows(state, taken)], features)
 
 
 def _rows(state: Row, taken: set[tuple[str, ...]]) -> Iterator[Row]:

@@ -103,13 +103,14 @@ def diagnose_run(folder: Path) -> Diagnosis:
     """
     data = scored_folder(folder)
     found = diagnose(*held_out_rows(data))
-    _keep(found, data)
+    _keep(record(found), data)
+    draw_calibration(found.calibration, data.parent / "calibration.png")
     return found
 
 
-def _keep(found: Diagnosis, data: Path) -> None:
-    write_atomically(data / "diagnosis.json", dump_json(record(found) | {"scored": _scored(data)}))
-    draw_calibration(found.calibration, data.parent / "calibration.png")
+def _keep(found: Row, data: Path) -> None:
+    """Keep what was found, with the rows that it was found on."""
+    write_atomically(data / "diagnosis.json", dump_json(found | {"scored": _scored(data)}))
 
 
 def diagnose_once(data: Path, is_main: bool = True) -> Row:
@@ -129,22 +130,24 @@ def diagnose_once(data: Path, is_main: bool = True) -> Row:
     Raises:
         ValueError: if a file is damaged.
     """
-    path, scored = data / "diagnosis.json", _scored(data)
+    path = data / "diagnosis.json"
     if path.exists():
         known = read_json(path, ("measures",), _CURE)
-        if "scored" in known and known.pop("scored") == scored:  # earlier versions did not say which rows they measured
+        is_known = "scored" in known  # earlier versions did not say which rows they measured
+        if is_known and known.pop("scored") == _scored(data):
             return known
     solutions, states = held_out_rows(data)
     try:
         diagnosis = diagnose(solutions, states)
     except TooFewProblemsError as error:
         found: Row = {"is_fit": False, "verdict": f"The critic could not be measured. {error}", "measures": {}}
+    else:
+        found = record(diagnosis)
         if is_main:
-            write_atomically(path, dump_json(found | {"scored": scored}))
-        return found
+            draw_calibration(diagnosis.calibration, data.parent / "calibration.png")
     if is_main:
-        _keep(diagnosis, data)
-    return record(diagnosis)
+        _keep(found, data)
+    return found
 
 
 def record(found: Diagnosis) -> Row:
