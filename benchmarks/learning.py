@@ -5,7 +5,7 @@ Is this better than what people do today? The same student, problems and number 
 
 Every method is tuned in the same way, on validation problems with the data of seeds that are not reported. On the first
 of them: five learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its
-settings (`AXES`: learning rate, beta, how long it trains). The best six go on to the other seeds, and the best of
+settings (`AXES`: learning rate, beta, how long it trains). The best four go on to the other seeds, and the best of
 them over all is taken: a setting that is good once may fail the next time. On the second task the other settings start
 from those of the first.
 Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
@@ -18,6 +18,7 @@ A benchmark that was killed goes on where it was. Writes `benchmarks/results/lea
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from recording import REPOSITORY, keep, origin, write_between
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEEDS = (100, 101, 102)  # of the data with which settings are chosen; the search is on the first
-NUM_FINALISTS = 6  # settings that are tried on all of them
+NUM_FINALISTS = 4  # settings that are tried on all of them
 RATES = (1.6e-5, 4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 3.7e-3)
 FIRST = RATES[1:-1]  # tried with the defaults of the other settings, before the search goes on from the best
 
@@ -150,7 +151,8 @@ def main() -> None:
     parser.add_argument("--num_processes", type=int, default=2, help="Trainings at a time, one core each.")
     given = parser.parse_args()
     record = {
-        **origin("python benchmarks/learning.py --seeds " + " ".join(map(str, given.seeds)), PACKAGES),
+        **origin(" ".join(["python benchmarks/learning.py", *sys.argv[1:]]), PACKAGES),
+        "seeds": given.seeds,
         "problems": {"test": NUM_TEST, "validation": NUM_VALIDATION},
         "tasks": {},
     }

@@ -65,15 +65,15 @@ def table(task: dict[str, Any]) -> str:
 
 
 def verdict(task: dict[str, Any]) -> str:
-    """Who is ahead, in words."""
-    own, other = best(task, OWN), best(task, BASELINES)
-    mean, half = interval(scores(task, own, METRICS[0]) - scores(task, other, METRICS[0]))
-    told_apart = abs(mean) > half
-    names = TITLES[own], TITLES[other]
-    if not told_apart:
-        return f"{METRICS[0]}: {names[0]} and {names[1]} cannot be told apart ({mean:+.1f} ± {half:.1f} points)."
-    first, second = names if mean > 0 else names[::-1]
-    return f"{METRICS[0]}: {first} is ahead of {second}, by {abs(mean):.1f} ± {half:.1f} points."
+    """Which baselines the best of this method's is ahead of, in words."""
+    own = best(task, OWN)
+    groups: dict[str, list[str]] = {"is ahead of": [], "is behind": [], "cannot be told apart from": []}
+    for other in BASELINES:
+        mean, half = interval(scores(task, own, METRICS[0]) - scores(task, other, METRICS[0]))
+        relation = "is ahead of" if mean > half else "is behind" if mean < -half else "cannot be told apart from"
+        groups[relation].append(f"{TITLES[other]} ({mean:+.1f} ± {half:.1f})")
+    said = "; ".join(f"{relation} {', '.join(others)}" for relation, others in groups.items() if others)
+    return f'{METRICS[0]}, points: "{TITLES[own]}" {said}.'
 
 
 def tuning_table(task: dict[str, Any]) -> str:
@@ -127,5 +127,5 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0].plot([], [], "o", color="#555555", label=f"{METRICS[0]}, temperature 1")
     axes[0].plot([], [], "s", color="#555555", markerfacecolor="white", label="greedy")
-    axes[0].legend(loc="lower left", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)

@@ -29,6 +29,7 @@ MARKS = {  # in benchmarks/README.md, of the scripts that have written between t
     "demo": "demo",
     "gate": "gate",
     "iterations": "iterations",
+    "learning": "learning",
     "estimators": "estimators",
     "kill": "kill",
     "servers": "servers",
@@ -52,6 +53,7 @@ def test_readme_says_what_was_measured():
     text = " ".join((REPOSITORY / "README.md").read_text().split())
     records = {path.stem: json.loads(path.read_text()) for path in (REPOSITORY / "benchmarks" / "results").glob("*")}
     assert " ".join(demo.table(records["demo"]).split()) in text
+    assert " ".join(report.short(records["learning"]).split()) in text
     assert f"by another {iterations.rise(records['iterations']['runs'], 'mean@4').lstrip('+')} points" in text
     measured = records["prefix_tree"]["results"]
     long, short = (measured["speed"][name]["ratio"] for name in ("200 x 20 x 30 x 8", "100 x 6 x 20 x 4"))
@@ -226,8 +228,9 @@ def test_verdict_is_about_pairs_of_seeds():
     ahead["results"] |= task(dpo=scores, critic=scores + np.array([0.02, 0.021, 0.022]))["results"]
     for name in report.OWN:
         ahead["results"].setdefault(name, ahead["results"]["rft"])
-    assert report.verdict(ahead).startswith("mean@8: this method, critic is ahead of DPO")
+    assert report.verdict(ahead).startswith('mean@8, points: "this method, critic" is ahead of rejection')
+    assert "DPO on solution pairs (+2.1 ± " in report.verdict(ahead) and "apart" not in report.verdict(ahead)
     same = ahead | {"results": ahead["results"] | {"critic": task(critic=[0.5, 0.61, 0.69])["results"]["critic"]}}
-    assert "cannot be told apart" in report.verdict(same)
+    assert "; cannot be told apart from DPO on solution pairs (+0.0 ± " in report.verdict(same)
     behind = ahead | {"results": ahead["results"] | {"critic": task(critic=[0.4, 0.5, 0.6])["results"]["critic"]}}
-    assert report.verdict(behind).startswith("mean@8: DPO on solution pairs is ahead of this method")
+    assert "; is behind DPO on solution pairs (-10.0 ± " in report.verdict(behind)
