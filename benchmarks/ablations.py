@@ -71,6 +71,7 @@ ABLATIONS = (
     Ablation("passes over the states", "num_train_epochs", (1, 2, 3, 5, 8), POLICY["num_train_epochs"]),
     Ablation("states with nothing to compare", "anchor_states", (False, True), RECIPE["anchor_states"]),
     Ablation("smallest advantage gap of a state", "min_advantage_gap", (0.0, 0.1, 0.2, 0.4), 0.1),
+    Ablation("weights by reliability", "reliability_weights", (False, True), False),
     Ablation("mean of the loss over", "reduction", REDUCTIONS, "samples"),
     Ablation(
         "completions of a state", "num_completions", (2, 4, 8, 16, 32), RECIPE["num_completions"], is_of_data=True

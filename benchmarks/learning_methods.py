@@ -25,7 +25,7 @@ from trl import (
 from dapo_trl import DAPOConfig, DAPOTrainer, add_advantages, math_reward
 from dapo_trl.anchors import anchor_states
 from dapo_trl.run_folder import held_out_problems
-from dapo_trl.shrinkage import add_shrinkage_values, fit_strength
+from dapo_trl.shrinkage import add_critic_errors, add_monte_carlo_errors, add_shrinkage_values, fit_strength
 from learning_jobs import Data, dapo_trl, make_engine
 
 
@@ -96,16 +96,17 @@ WEIGHTS = {"samples": "counts", "states": "counts", "pairs": "uniform", "pairs w
 
 
 def states_by(source: str, data: Data, reduction: str = "samples") -> Dataset:
-    """State rows with advantages from a source of values."""
+    """State rows with advantages from a source of values, and how far they can be relied on."""
     rows = data.states()
     if reduction == "pairs without duplicates":
         rows = rows.remove_columns("counts")
-    if source == "shrinkage":
+    if source == "monte_carlo":
+        rows = add_advantages(add_monte_carlo_errors(rows), "values", "value_errors")
+    else:
         held_out = held_out_problems(data.problem_ids())
         strength = fit_strength(rows.filter(lambda row: row["problem_id"] in held_out))
-        rows = add_shrinkage_values(rows, strength)
-    column = {"monte_carlo": "values", "critic": "critic_values", "shrinkage": "shrinkage_values"}[source]
-    rows = add_advantages(rows, column)
+        add_errors = {"critic": add_critic_errors, "shrinkage": add_shrinkage_values}[source]
+        rows = add_advantages(add_errors(rows, strength), f"{source}_values", f"{source}_errors", posterior=True)
     return rows.map(weigh_alike) if reduction == "states" else rows
 
 
