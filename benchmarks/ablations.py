@@ -11,7 +11,6 @@ of the policy share the data of `learning.py`; settings of the data have data an
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 
 from learning_jobs import STUDENTS, TASKS, Job, data_of, run_jobs
 from learning_report import METRICS, spread
-from recording import REPOSITORY, keep, origin, origin_in_words, write_between
+from recording import REPOSITORY, command_line, keep, origin, origin_in_words, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
@@ -178,7 +177,7 @@ def main() -> None:
     parser.add_argument("--num_processes", type=int, default=2, help="Trainings at a time, one core each.")
     given = parser.parse_args()
     record = {
-        **origin(" ".join(["python benchmarks/ablations.py", *sys.argv[1:]]), PACKAGES),
+        **origin(command_line(), PACKAGES),
         "seeds": given.seeds,
         "settings": RECIPE,
         "results": measure(given.seeds, given.output_dir, given.num_processes),

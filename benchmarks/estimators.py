@@ -15,7 +15,6 @@ Writes `benchmarks/results/estimators.json`, `docs/images/estimators.png` and th
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from dapo_trl import StepCriticConfig, StepCriticTrainer
 from dapo_trl.run_folder import held_out_problems
 from dapo_trl.shrinkage import fit_prior_strength, shrinkage_values
 from learning_jobs import TASKS, Data, make_data, run_in_processes
-from recording import REPOSITORY, keep, origin, origin_in_words, write_between
+from recording import REPOSITORY, command_line, keep, origin, origin_in_words, write_between
 from value_pool import PROBLEM_SEED, STUDENT, Row, load_pool
 from values import Bench, CandidateTruths, Scheme, estimate, shuffle, state_of
 
@@ -250,7 +249,7 @@ def main() -> None:
     run_in_processes(make_data, [(each,) for each in data], 2)
     bench = Bench(load_pool(given), AutoTokenizer.from_pretrained(STUDENT))
     record = {
-        **origin(" ".join(["python benchmarks/estimators.py", *sys.argv[1:]]), PACKAGES),
+        **origin(command_line(), PACKAGES),
         "seeds": {"problems": PROBLEM_SEED, "critics": given.seeds, "draws": "the number of the run", "bootstrap": 0},
         "results": {
             "demo": measure(bench, [each.run / "critic" for each in data], given.repeats),

@@ -18,7 +18,6 @@ A benchmark that was killed goes on where it was. Writes `benchmarks/results/lea
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 from learning_jobs import NUM_TEST, NUM_VALIDATION, TASKS, Job, K, data_of, run_jobs
 from learning_report import details, draw, short, table
-from recording import REPOSITORY, keep, origin, write_between
+from recording import REPOSITORY, command_line, keep, origin, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
@@ -151,7 +150,7 @@ def main() -> None:
     parser.add_argument("--num_processes", type=int, default=2, help="Trainings at a time, one core each.")
     given = parser.parse_args()
     record = {
-        **origin(" ".join(["python benchmarks/learning.py", *sys.argv[1:]]), PACKAGES),
+        **origin(command_line(), PACKAGES),
         "seeds": given.seeds,
         "problems": {"test": NUM_TEST, "validation": NUM_VALIDATION},
         "tasks": {},

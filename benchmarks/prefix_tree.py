@@ -38,7 +38,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from dapo_trl import DAPOConfig, DAPOTrainer, StepCriticConfig, StepCriticTrainer
-from recording import REPOSITORY, keep, origin, origin_in_words, write_between
+from recording import REPOSITORY, command_line, keep, origin, origin_in_words, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
@@ -458,7 +458,7 @@ def main() -> None:
     if arguments.only and path.exists():
         results = json.loads(path.read_text())["results"] | results
     record = {
-        **origin("python benchmarks/prefix_tree.py" + "".join(f" {word}" for word in sys.argv[1:]), PACKAGES),
+        **origin(command_line(), PACKAGES),
         "seed": arguments.seed,
         "repeats": arguments.repeats,
         "results": results,

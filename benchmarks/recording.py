@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -33,6 +34,11 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
     x = 100 * np.asarray(numbers)
     half = T[len(x)] * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else float("nan")
     return float(x.mean()), float(half)
+
+
+def command_line() -> str:
+    """The command that runs now, as somebody else would type it."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def origin(command: str, packages: Sequence[str]) -> dict[str, Any]:

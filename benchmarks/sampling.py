@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dapo_trl import TransformersEngine, math_reward
 from dapo_trl.engines import SamplingConfig, sample_seed
 from dapo_trl.rollouts import RolloutConfig, sample_solutions, value_solutions
-from recording import REPOSITORY, keep, origin, origin_in_words, write_between
+from recording import REPOSITORY, command_line, keep, origin, origin_in_words, write_between
 
 
 STUDENT = REPOSITORY / "examples" / "student"
@@ -189,7 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     record = {
-        **origin(" ".join(["python benchmarks/sampling.py", *sys.argv[1:]]), PACKAGES),
+        **origin(command_line(), PACKAGES),
         "threads": torch.get_num_threads(),
         "seed": arguments.seed,
         "repeats": arguments.repeats,

@@ -37,7 +37,7 @@ from dapo_trl.engines import Completion, OnCompletion, SamplingConfig
 from dapo_trl.rollouts import RolloutConfig
 from dapo_trl.stages import sample_stage, value_stage
 from dapo_trl.store import ShardStore
-from recording import REPOSITORY, keep, origin, origin_in_words, write_between
+from recording import REPOSITORY, command_line, keep, origin, origin_in_words, write_between
 
 
 PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "tokenizers")
@@ -388,7 +388,7 @@ def main() -> None:
     if arguments.only and path.exists():
         results = json.loads(path.read_text())["results"] | results
     record = {
-        **origin("python benchmarks/scale.py" + "".join(f" {word}" for word in sys.argv[1:]), PACKAGES),
+        **origin(command_line(), PACKAGES),
         "results": results,
     }
     keep(record, "scale")

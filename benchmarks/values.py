@@ -14,7 +14,6 @@ the other half reports. Writes `benchmarks/results/values.json`, `docs/images/va
 
 import argparse
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers import AutoTokenizer
 from dapo_trl import math_reward
 from dapo_trl.rollouts import RolloutConfig, value_solutions
 from dapo_trl.steps import split_step_ids
-from recording import REPOSITORY, keep, origin, write_between
+from recording import REPOSITORY, command_line, keep, origin, write_between
 from value_pool import (
     NUM_DRAWS,
     PROBLEM_SEED,
@@ -443,7 +442,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pool = load_pool(arguments)
     record = {
-        **origin(" ".join(["python benchmarks/values.py", *sys.argv[1:]]), PACKAGES),
+        **origin(command_line(), PACKAGES),
         "seeds": {"problems": PROBLEM_SEED, "sampling": 0, "draws": "the number of the run", "bootstrap": 0},
         "arguments": {
             name: getattr(arguments, name) for name in ("num_problems", "num_truth", "search_repeats", "repeats")

@@ -137,13 +137,13 @@ class _Plan:
             num_candidates = self.num_rows * self.assumed.siblings
             num_rows += num_candidates
             tree += num_candidates * self.solution_tokens / self.assumed.steps
-        tokens = num_problems * self._row_tokens(given, num_rows, tree, self.solution_tokens)
+        tokens = num_problems * self._row_tokens(given, num_rows, num_rows, tree, self.solution_tokens)
         tokens *= self._passes(given, num_problems * num_rows)
         return self._training(tokens, 0.0, self.assumed.critic_parameters, given)
 
     def scoring(self) -> StageCost:
         given, num_rows = self.arguments.critic, self.arguments.num_kept
-        solutions = self._row_tokens(given, num_rows, self.kept_tokens, self.solution_tokens)
+        solutions = self._row_tokens(given, num_rows, num_rows, self.kept_tokens, self.solution_tokens)
         tokens = self.num_kept * (solutions + self._state_tokens(given, 1.0))
         return self._training(0.0, tokens, self.assumed.critic_parameters, given)
 
@@ -163,27 +163,26 @@ class _Plan:
     def _state_tokens(self, given: dict[str, Any], share: float) -> float:
         """Tokens of a problem's state rows, of which a share is used."""
         steps, num_rows = self.assumed.steps, self.num_states * share
-        step_tokens = self.solution_tokens / steps
         # Prefixes reach to the last state that is used: so many lie behind it, if each is used with this chance.
         unused = (1 - share) / share * (1 - (1 - share) ** steps)
         prefixes = self.kept_tokens * max(steps - 1 - unused, 0.0) / steps
-        if given.get("layout", "tree") == "padded":
-            return num_rows * (1 + self.assumed.siblings) * (self.assumed.prompt_tokens + self.solution_tokens / 2)
-        tree = prefixes + num_rows * self.assumed.siblings * step_tokens
-        return self._row_tokens(given, num_rows, tree, self.solution_tokens / 2)
+        num_siblings = num_rows * self.assumed.siblings
+        tree = prefixes + num_siblings * self.solution_tokens / steps
+        return self._row_tokens(given, num_rows, num_rows + num_siblings, tree, self.solution_tokens / 2)
 
     def _anchored_tokens(self, given: dict[str, Any]) -> float:
         """Tokens of a problem's states, all of which are used, and of the next steps that no kept solution takes."""
-        num_candidates = self.num_rows * self.assumed.siblings
-        if given.get("layout", "tree") == "padded":
-            return (self.num_states + num_candidates) * (self.assumed.prompt_tokens + self.solution_tokens / 2)
-        tree = self.kept_tokens + num_candidates * self.solution_tokens / self.assumed.steps
-        return self._row_tokens(given, self.num_states, tree, self.solution_tokens / 2)
+        num_siblings = self.num_rows * self.assumed.siblings
+        tree = self.kept_tokens + num_siblings * self.solution_tokens / self.assumed.steps
+        num_steps = self.num_states + num_siblings
+        return self._row_tokens(given, self.num_states, num_steps, tree, self.solution_tokens / 2)
 
-    def _row_tokens(self, given: dict[str, Any], num_rows: float, tree: float, path: float) -> float:
+    def _row_tokens(
+        self, given: dict[str, Any], num_rows: float, num_sequences: float, tree: float, path: float
+    ) -> float:
         """Tokens of a problem's rows: each once, but for the path to where a batch cuts its tree; or padded."""
         if given.get("layout", "tree") == "padded":
-            return num_rows * (self.assumed.prompt_tokens + path)
+            return num_sequences * (self.assumed.prompt_tokens + path)
         cuts = max(num_rows / int(given.get("per_device_train_batch_size", 8)) - 1, 0.0)
         return self.assumed.prompt_tokens + tree + cuts * (self.assumed.prompt_tokens + path)
 
