@@ -6,8 +6,8 @@ Is this better than what people do today? The same student, problems and number 
 Every method is tuned in the same way, on validation problems with the data of seeds that are not reported. On the first
 of them: five learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its
 settings (`AXES`: learning rate, beta, how long it trains). The best four go on to the other seeds, and the best of
-them over all is taken: a setting that is good once may fail the next time. On the second task the other settings start
-from those of the first.
+them over all is taken: a setting that is good once may fail the next time. On the second task the learning rates are
+tried again, and the best two go on; the other settings are those of the first task.
 Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
 none of which anything was trained on: greedily, and 8 samples a problem at temperature 1. Intervals are Student's t
 over seeds; differences are paired: of the same seed.
@@ -30,7 +30,7 @@ from recording import REPOSITORY, command_line, keep, origin, write_between
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEEDS = (100, 101, 102)  # of the data with which settings are chosen; the search is on the first
-NUM_FINALISTS = 4  # settings that are tried on all of them
+NUM_FINALISTS = {"first task": 4, "later tasks": 2}  # settings that are tried on all of them
 RATES = (1.6e-5, 4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 3.7e-3)
 FIRST = RATES[1:-1]  # tried with the defaults of the other settings, before the search goes on from the best
 
@@ -60,11 +60,20 @@ AXES: dict[str, tuple[Axis, ...]] = {
     "shrinkage": (RATE, BETA, STATES),
     "monte_carlo": (RATE, BETA, STATES),
 }
+RATES_ONLY = dict.fromkeys(AXES, (RATE,))  # what is chosen anew on later tasks
 MAX_ROUNDS = 6  # of the search
 TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
 
 
-def tune(task: str, starts: dict[str, Settings], folder: Path, num_processes: int) -> dict[str, dict[str, Any]]:
+class Search(NamedTuple):
+    """Where the search of each method starts, the axes that it may move along, and how many settings it ends with."""
+
+    starts: dict[str, Settings]
+    axes: dict[str, tuple[Axis, ...]]
+    num_finalists: int
+
+
+def tune(task: str, search: Search, folder: Path, num_processes: int) -> dict[str, dict[str, Any]]:
     """
     Settings of each method, by the mean@8 of validation problems; with all that was tried.
 
@@ -73,14 +82,14 @@ def tune(task: str, starts: dict[str, Settings], folder: Path, num_processes: in
     """
     groups = [
         [Job(task, TUNING_SEEDS[0], method, "validation", start | {"learning_rate": rate}) for rate in FIRST]
-        for method, start in starts.items()
+        for method, start in search.starts.items()
     ]
     run_jobs([job for group in groups for job in group], folder, num_processes)
     for _ in range(MAX_ROUNDS):
         for group in groups:
-            group += _neighbours(group, folder)
+            group += _neighbours(group, search.axes[group[0].method], folder)
         run_jobs([job for group in groups for job in group], folder, num_processes)
-    finals = [_finals(group, folder) for group in groups]
+    finals = [_finals(group, search.num_finalists, folder) for group in groups]
     run_jobs([job for jobs in finals for job in jobs], folder, num_processes)
     return {
         group[0].method: {
@@ -96,9 +105,9 @@ def _score(job: Job, folder: Path) -> float:
     return json.loads(job.path(folder).read_text())[f"mean@{K}"]
 
 
-def _finals(group: list[Job], folder: Path) -> list[Job]:
+def _finals(group: list[Job], number: int, folder: Path) -> list[Job]:
     """The best settings of a search, on all tuning seeds."""
-    finalists = sorted(group, key=lambda job: _score(job, folder), reverse=True)[:NUM_FINALISTS]
+    finalists = sorted(group, key=lambda job: _score(job, folder), reverse=True)[:number]
     return [replace(job, seed=seed) for job in finalists for seed in TUNING_SEEDS]
 
 
@@ -108,13 +117,13 @@ def _most_reliable(jobs: list[Job], folder: Path) -> Settings:
     return max((job.settings for job in jobs), key=lambda given: sum(s for settings, s in scores if settings == given))
 
 
-def _neighbours(group: list[Job], folder: Path) -> list[Job]:
+def _neighbours(group: list[Job], axes: tuple[Axis, ...], folder: Path) -> list[Job]:
     """The settings next to the best ones that were not tried."""
     best = max(group, key=lambda job: _score(job, folder)).settings
     tried = [job.settings for job in group]
     near = [
         best | {axis.name: axis.values[place]}
-        for axis in AXES[group[0].method]
+        for axis in axes
         for place in (axis.values.index(best[axis.name]) - 1, axis.values.index(best[axis.name]) + 1)
         if 0 <= place < len(axis.values)
     ]
@@ -126,11 +135,9 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names}
 
 
-def compare(
-    task: str, starts: dict[str, Settings], seeds: Sequence[int], folder: Path, num_processes: int
-) -> dict[str, Any]:
+def compare(task: str, search: Search, seeds: Sequence[int], folder: Path, num_processes: int) -> dict[str, Any]:
     """Tune on the tuning seeds, report the others."""
-    tuned = tune(task, starts, folder, num_processes)
+    tuned = tune(task, search, folder, num_processes)
     settings = {"student": {}} | {method: found["chosen"] for method, found in tuned.items()}
     settings |= {method: tuned[first]["chosen"] for method, first in TWICE.items()}
     jobs = [Job(task, seed, method, "test", given) for method, given in settings.items() for seed in seeds]
@@ -155,10 +162,12 @@ def main() -> None:
         "problems": {"test": NUM_TEST, "validation": NUM_VALIDATION},
         "tasks": {},
     }
-    starts: dict[str, Settings] = {method: {axis.name: axis.default for axis in axes} for method, axes in AXES.items()}
+    defaults = {method: {axis.name: axis.default for axis in axes} for method, axes in AXES.items()}
+    search = Search(defaults, AXES, NUM_FINALISTS["first task"])
     for task in given.tasks:
-        record["tasks"][task] = compare(task, starts, given.seeds, given.output_dir, given.num_processes)
-        starts = {method: found["chosen"] for method, found in record["tasks"][task]["tuning"].items()}
+        record["tasks"][task] = compare(task, search, given.seeds, given.output_dir, given.num_processes)
+        chosen = {method: found["chosen"] for method, found in record["tasks"][task]["tuning"].items()}
+        search = Search(chosen, RATES_ONLY, NUM_FINALISTS["later tasks"])
         print(table(record["tasks"][task]))
         keep(record, "learning")
     write_between(REPOSITORY / "benchmarks" / "README.md", "learning", details(record))
