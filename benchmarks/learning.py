@@ -62,7 +62,13 @@ AXES: dict[str, tuple[Axis, ...]] = {
 }
 RATES_ONLY = dict.fromkeys(AXES, (RATE,))  # what is chosen anew on later tasks
 MAX_ROUNDS = 6  # of the search
-TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
+# Methods that are not tuned, and whose settings they have.
+UNTUNED = {
+    "larger_critics": "critic",
+    "critic_2": "critic",
+    "shrinkage_2": "shrinkage",
+    "monte_carlo_2": "monte_carlo",
+}
 
 
 class Search(NamedTuple):
@@ -139,8 +145,14 @@ def compare(task: str, search: Search, seeds: Sequence[int], folder: Path, num_p
     """Tune on the tuning seeds, report the others."""
     tuned = tune(task, search, folder, num_processes)
     settings = {"student": {}} | {method: found["chosen"] for method, found in tuned.items()}
-    settings |= {method: tuned[first]["chosen"] for method, first in TWICE.items()}
-    jobs = [Job(task, seed, method, "test", given) for method, given in settings.items() for seed in seeds]
+    settings |= {method: tuned[like]["chosen"] for method, like in UNTUNED.items()}
+    larger = ("--critic_model_name_or_path", str(TASKS[task].larger), "--num_critics", "3")
+    data = {"larger_critics": larger}
+    jobs = [
+        Job(task, seed, method, "test", given, data.get(method, ()))
+        for method, given in settings.items()
+        for seed in seeds
+    ]
     results = run_jobs(jobs, folder, num_processes)
     by_method: dict[str, dict[str, Any]] = {method: {} for method in settings}
     for job, result in zip(jobs, results, strict=True):

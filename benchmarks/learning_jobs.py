@@ -8,12 +8,13 @@ goes on where it was. Jobs run in as many processes as there are cores, one thre
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,11 +46,14 @@ class Task:
             The model.
         recipe (`Path`):
             How this method is run on it.
+        larger (`Path`):
+            A larger model that was taught the same, for critics.
     """
 
     name: str
     student: Path
     recipe: Path
+    larger: Path
 
     @property
     def module(self) -> ModuleType:
@@ -68,8 +72,13 @@ class Task:
 
 RECIPES = REPOSITORY / "examples" / "recipes"
 TASKS = {
-    "arithmetic": Task("arithmetic", STUDENTS, RECIPES / "demo.yaml"),
-    "word_problems": Task("word_problems", STUDENTS / "word_problems", RECIPES / "word-problems.yaml"),
+    "arithmetic": Task("arithmetic", STUDENTS, RECIPES / "demo.yaml", STUDENTS / "larger"),
+    "word_problems": Task(
+        "word_problems",
+        STUDENTS / "word_problems",
+        RECIPES / "word-problems.yaml",
+        STUDENTS / "word_problems" / "larger",
+    ),
 }
 
 
@@ -101,8 +110,21 @@ class Data:
     def run(self) -> Path:
         return self.folder / "run"
 
+    @property
+    def plain(self) -> "Data":
+        """Those of the recipe as it is."""
+        return replace(self, folder=self.folder.with_name(f"seed-{self.seed}"), arguments=())
+
+    @property
+    def has_own_samples(self) -> bool:
+        """Whether more than the critic differs from the recipe."""
+        return not all(name.startswith(("--critic", "--num_critics")) for name in self.arguments[::2])
+
     def make(self) -> None:
         """Sample what is not there yet. What a weak critic is worth is measured, not refused."""
+        if self.arguments and not self.has_own_samples:
+            for stage in ("sampled", "values"):
+                shutil.copytree(self.plain.run / stage, self.run / stage, dirs_exist_ok=True)
         given = ("--values", "critic", "--allow_unfit_critic", "true", *self.arguments)
         dapo_trl("score", self.task, self.seed, self.run, *given)
 
@@ -218,7 +240,9 @@ def run_jobs(jobs: Iterable[Job], folder: Path, num_processes: int) -> list[dict
     jobs = list(jobs)
     missing = list({job.path(folder): job for job in jobs if not job.path(folder).exists()}.values())
     data = {data_of(job, folder): job for job in missing}
-    run_in_processes(make_data, [(each,) for each in data], num_processes)
+    sampled = {each if each.has_own_samples else each.plain: None for each in data}
+    run_in_processes(make_data, [(each,) for each in sampled], num_processes)
+    run_in_processes(make_data, [(each,) for each in data if each not in sampled], num_processes)
     run_in_processes(run_job, [(job, folder) for job in missing], num_processes)
     return [json.loads(job.path(folder).read_text()) for job in jobs]
 

@@ -308,6 +308,7 @@ METHODS = {
     "kto": train_on_labels,
     "grpo": train_online,
     **{source: (lambda data, settings, source=source: train_policy(source, data, settings)) for source in SOURCES},
+    "larger_critics": lambda data, settings: train_policy("critic", data, settings),  # the data have their values
     **{
         f"{source}_2": (lambda data, settings, source=source: train_twice(source, data, settings)) for source in SOURCES
     },

@@ -20,6 +20,7 @@ TITLES = {
     "step_dpo": "Step-DPO on sibling steps",
     "kto": "KTO on solutions",
     "grpo": 'GRPO, `loss_type="dapo"` (online)',
+    "larger_critics": "this method, three larger critics",
     "critic": "this method, critic",
     "shrinkage": "this method, shrinkage",
     "monte_carlo": "this method, Monte Carlo",

@@ -5,6 +5,7 @@ What the comparison with other methods rests on: what each of them is trained on
 import importlib
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -135,6 +136,30 @@ def test_equal_weights_of_states():
     """Two candidates weigh as much together as three."""
     weights = [methods.weigh_alike({"counts": [1] * number})["counts"] for number in (2, 3)]
     assert weights == [[2520, 2520], [1680, 1680, 1680]]
+
+
+def test_what_the_critic_alone_changes_is_not_sampled_again(tmp_path, monkeypatch):
+    """Data of another critic begin with the samples of the recipe as it is; those of other samples do not."""
+    commands = []
+    monkeypatch.setattr(learning_jobs, "dapo_trl", lambda *arguments: commands.append(arguments))
+    base = learning_jobs.Job("arithmetic", 3, "critic", "test")
+    plain = learning_jobs.data_of(base, tmp_path)
+    for stage in ("sampled", "values"):
+        (plain.run / stage).mkdir(parents=True)
+        (plain.run / stage / "manifest.json").write_text(stage)
+    for arguments, is_copied in (
+        (("--critic_model_name_or_path", "some/larger", "--num_critics", "3"), True),
+        (("--critic.learning_rate", "1e-3"), True),
+        (("--num_kept", "2"), False),
+        (("--critic_states", "candidates", "--num_kept", "2"), False),
+    ):
+        data = learning_jobs.data_of(replace(base, data=arguments), tmp_path)
+        assert data.plain == plain
+        data.make()
+        assert (data.run / "values" / "manifest.json").exists() == is_copied
+        assert data.has_own_samples != is_copied
+        assert commands[-1][-len(arguments) :] == arguments
+    assert plain.plain == plain
 
 
 def test_a_job_is_told_from_every_other(tmp_path):

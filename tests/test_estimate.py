@@ -179,6 +179,10 @@ def test_stages_that_run():
     usual = stages()
     assert not {"critic", "scoring"} & stages(values="monte_carlo").keys()
     assert stages(values="both")["policy"].tokens_trained == 2 * usual["policy"].tokens_trained
+    three = stages(num_critics=3)
+    for name in ("critic", "scoring"):
+        assert three[name].gpu_hours == pytest.approx(3 * usual[name].gpu_hours)
+    assert three["policy"] == usual["policy"]
     twice = stages(iterations=2)
     assert twice["evaluation before"] == usual["evaluation before"]
     for name in usual.keys() - {"evaluation before"}:

@@ -11,7 +11,7 @@ from conftest import CHAT_TEMPLATE, make_critic, make_tokenizer
 from dapo_trl import StepCriticTrainer
 from dapo_trl.cli import main
 from dapo_trl.first_errors import evaluate_first_errors
-from dapo_trl.processbench import _find_critic, evaluate_critic, load_processbench, processbench_rows
+from dapo_trl.processbench import _find_critics, evaluate_critic, load_processbench, processbench_rows
 from dapo_trl.readers import read_processbench
 from test_step_critic_trainer import config
 
@@ -87,11 +87,29 @@ def test_of_several_iterations_the_last_critic_that_is_trained(tmp_path):
     places = [tmp_path / part / "critic" for part in ("", "iteration-2", "iteration-3")]
     for place in places:
         place.mkdir(parents=True)
-    assert _find_critic(str(tmp_path), "{question}")[0] == str(places[2])
+    assert _find_critics(str(tmp_path), "{question}")[0] == [str(places[2])]
     for place in places[:2]:
         (place / "stage.json").touch()
-    assert _find_critic(str(tmp_path), "{question}")[0] == str(places[1])
-    assert _find_critic("some/critic", "{question}")[0] == "some/critic"
+    assert _find_critics(str(tmp_path), "{question}")[0] == [str(places[1])]
+    assert _find_critics("some/critic", "{question}")[0] == ["some/critic"]
+
+
+def test_several_critics_of_a_run(files, critic):
+    """The mean of their values is measured; while one is under way, that of all that are there."""
+    template = "Q: {question}\n"
+    one = evaluate_critic(str(critic.parent), files[0], files[1:], prompt_template=template)
+    for number in (2, 3):
+        make_critic(seed=number).save_pretrained(critic.with_name(f"critic-{number}"))
+        make_tokenizer().save_pretrained(critic.with_name(f"critic-{number}"))
+    assert len(_find_critics(str(critic.parent), template)[0]) == 3
+    thresholds = [
+        evaluate_critic(str(path), files[0], files[1:], prompt_template=template)["results"][files[1]][
+            "value"
+        ].threshold
+        for path in (critic, critic.with_name("critic-2"), critic.parent)
+    ]
+    assert one["results"][files[1]]["value"].threshold == thresholds[0]
+    assert len(set(thresholds)) == 3
 
 
 def test_a_folder_of_a_download(tmp_path, files):

@@ -20,8 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from commands import ENVIRONMENT, TIMEOUT
 from conftest import REPOSITORY, STUDENT
+from dapo_trl import StepCriticConfig, StepCriticTrainer
+from dapo_trl.critics import solution_metrics
 from dapo_trl.intervals import Estimate
 from dapo_trl.model_identity import identify
+from dapo_trl.run_folder import held_out_problems
 from written import done_work, records, results, rows, seconds
 
 
@@ -184,6 +187,7 @@ def test_two_iterations(commands, tmp_path):
     folder = tmp_path / "run"
     small = ("--num_train_problems", "8", "--num_test_problems", "4", "--eval_k", "1", "--num_solutions", "4")
     arguments = (*SMALL, *small, "--values", "critic", "--iterations", "2", "--policy.min_advantage_gap", "0")
+    arguments += ("--num_critics", "2")
     code, text = commands.run("run", RECIPE, *arguments, "--output_dir", folder, output=tmp_path / "log")
     assert code == 0, text[-3000:]
     first, second = folder, folder / "iteration-2"
@@ -196,7 +200,7 @@ def test_two_iterations(commands, tmp_path):
     assert engines[0]["tokenizer"] == engines[1]["tokenizer"]
     seeds = [read(part / "sampled" / "manifest.json")["rollouts"]["seed"] for part in (first, second)]
     assert seeds[0] != seeds[1]
-    for name in ("policy", "critic"):
+    for name in ("policy", "critic", "critic-2"):
         assert read(second / name / "stage.json")["model"] == identify(str(first / name))
     heads = [load_file(part / "critic" / "model.safetensors")["score.weight"].flatten() for part in (first, second)]
     assert heads[0] @ heads[1] > 0.9 * heads[0].norm() * heads[1].norm()  # a new head would be at a right angle
@@ -323,6 +327,45 @@ def test_critic_of_candidates(commands, tmp_path, again):
     code, text = commands.run(*command, output=tmp_path / "log")
     assert code == 0, text[-3000:]
     assert json.loads((again / "critic" / "stage.json").read_text())["results"]["dropped"]["train"]["rows"] > solutions
+
+
+def test_several_critics(commands, tmp_path, again):
+    """
+    The first is that of a run with one; the others differ from it. Rows have the mean of their values, which is
+    measured, and is not taken for the value of one.
+    """
+    single = load_file(again / "critic" / "model.safetensors")
+    shutil.rmtree(again / "data")
+    command = ("score", RECIPE, *SMALL, "--num_critics", "3", "--output_dir", again)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    assert "The mean of 3 critics on" in text
+    folders = [again / name for name in ("critic", "critic-2", "critic-3")]
+    heads = [load_file(folder / "model.safetensors")["score.weight"] for folder in folders]
+    assert heads[0].equal(single["score.weight"])
+    assert not heads[0].equal(heads[1]) and not heads[1].equal(heads[2])
+
+    rows = Dataset.from_parquet(str(again / "data" / "states_critic.parquet"))
+    config = StepCriticConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    values = [
+        StepCriticTrainer(str(folder), config).predict_values(rows.remove_columns("critic_values"))["critic_values"][:]
+        for folder in folders
+    ]
+    for found, each in zip(rows["critic_values"], zip(*values, strict=True), strict=True):
+        assert found == pytest.approx([sum(critics) / 3 for critics in zip(*each, strict=True)], abs=1e-5)
+
+    unseen = held_out_problems(rows["problem_id"])
+    solutions = Dataset.from_parquet(str(again / "data" / "solutions_critic.parquet"))
+    skill = solution_metrics(solutions.filter(lambda row: row["problem_id"] in unseen))["skill"]
+    assert f"skill {skill:.1%}" in text
+    for folder in folders:
+        own = json.loads((folder / "stage.json").read_text())["results"]["metrics"]["eval_skill"]
+        card = (folder / "README.md").read_text()
+        assert "mean value of 3 critics" in card
+        assert f"{own:.4g}" in card and f"{skill:.4g}" in card
+    code, text = commands.run("score", RECIPE, *SMALL, "--output_dir", again, output=tmp_path / "log")
+    assert code != 0
+    assert "scored.json" in text
 
 
 def test_policy_without_anchors(commands, tmp_path, again):

@@ -275,6 +275,14 @@ def test_curves(report):
     assert "best constant 0.6" in page.text
 
 
+def test_several_critics(copied):
+    """Each has its curves; of one there is no number."""
+    assert "Critic 1" not in shown(copied)
+    shutil.copytree(copied / "critic", copied / "critic-2")
+    text = shown(copied)
+    assert "Critic 1" in text and "Critic 2" in text and "Critic 3" not in text
+
+
 # ---- At any point of a run ----
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dapo_trl.diagnosing import describe
 from dapo_trl.diagnosis import ENOUGH_PROBLEMS, MIN_SKILL
+from dapo_trl.run_folder import critic_folders
 
 
 _NEEDED = (
@@ -43,7 +44,9 @@ def refuse_unfit(found: Mapping[str, Any], folder: Path) -> None:
     """
     if found["is_fit"]:
         return
-    parts = [f"The critic in {folder / 'critic'} is refused. {found['verdict']}"]
+    number = len(critic_folders(folder))
+    who = f"The mean of {number} critics in {folder}" if number > 1 else f"The critic in {folder / 'critic'}"
+    parts = [f"{who} is refused. {found['verdict']}"]
     if found["measures"]:
         parts += [f"{describe(found)}.", _NEEDED]
     if found.get("num_problems", 0) < ENOUGH_PROBLEMS:

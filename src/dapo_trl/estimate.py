@@ -78,7 +78,8 @@ def estimate(recipe: "Recipe") -> dict[str, Any]:
         "completions": plan.completions() * iterations,
     }
     if recipe.arguments.values != "monte_carlo":
-        stages |= {"critic": plan.critic() * iterations, "scoring": plan.scoring() * iterations}
+        num_critics = iterations * recipe.arguments.num_critics
+        stages |= {"critic": plan.critic() * num_critics, "scoring": plan.scoring() * num_critics}
     num_policies = iterations * (2 if recipe.arguments.values == "both" else 1)
     stages |= {"policy": plan.policy() * num_policies, "evaluation after": plan.evaluation(after=True) * num_policies}
     return {

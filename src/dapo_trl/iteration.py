@@ -3,7 +3,7 @@ One pass of the method: from a generator to a better policy. The stages of a run
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from dapo_trl.anchors import anchor_states
 from dapo_trl.cards import add_card_results
 from dapo_trl.critic_gate import refuse_unfit
 from dapo_trl.critic_rows import candidate_solutions
+from dapo_trl.critics import mean_values, solution_metrics
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.dapo_trainer import DAPOTrainer
 from dapo_trl.diagnosing import diagnose_once
@@ -30,7 +31,14 @@ from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.intervals import Estimate
 from dapo_trl.model_identity import identify, weights_hash
 from dapo_trl.recipe_arguments import changed_fields
-from dapo_trl.run_folder import held_out_problems, last_checkpoint, made_how, model_path, policy_folder
+from dapo_trl.run_folder import (
+    critic_folder,
+    held_out_problems,
+    last_checkpoint,
+    made_how,
+    model_path,
+    policy_folder,
+)
 from dapo_trl.shrinkage import (
     add_critic_errors,
     add_monte_carlo_errors,
@@ -92,16 +100,18 @@ class Iteration:
             Its place.
         generator (`str`):
             Name or path of the policy that samples, and that is trained.
-        critic (`str`, *optional*):
-            The same of the model that the critic begins with. `None` takes the generator.
+        critics (sequence of `str`, *optional*):
+            The same of the models that the critics begin with, `num_critics` of them. `None` takes the generator.
     """
 
-    def __init__(self, recipe: "Recipe", number: int, folder: Path, generator: str, critic: str | None) -> None:
+    def __init__(
+        self, recipe: "Recipe", number: int, folder: Path, generator: str, critics: Sequence[str] | None
+    ) -> None:
         self.recipe = recipe
         self.arguments = recipe.arguments
         self.folder = folder
         self.generator = generator
-        self.critic = critic or generator
+        self.critics = critics or [generator] * self.arguments.num_critics
         self.config = self.arguments.rollout_config(number)
         self.results: dict[str, Any] = {"dropped": {}}
         self._is_main = PartialState().is_main_process
@@ -125,7 +135,7 @@ class Iteration:
         values = self._value(sampled)
         states = {}
         if self.arguments.values != "monte_carlo" and "critic" in stages:
-            self._train_critic(values)
+            self._train_critics(values)
             if "score" in stages:
                 states["critic"] = self._score(values)
         if self.arguments.values == "shrinkage" and "advantages" in stages:
@@ -196,8 +206,21 @@ class Iteration:
                 rows.to_parquet(temporary)
         return path
 
-    def _train_critic(self, values: ShardStore) -> None:
-        print_title("Critic", self.folder / "critic" / "stage.json")
+    def _train_critics(self, values: ShardStore) -> None:
+        if self.arguments.critic.get("load_best_model_at_end") and self._is_main:
+            warn(
+                "`critic.load_best_model_at_end` chooses by the problems that the critic is then measured on: what is "
+                "measured looks a little better than it is."
+            )
+        trained = [self._train_critic(number, values) for number in range(len(self.critics))]
+        metrics = [results["metrics"] for results in trained]
+        self.results["critic"] = metrics[0] if len(metrics) == 1 else {"critics": metrics}
+        self.results["dropped"]["critic"] = trained[0]["dropped"]  # all have the same rows
+
+    def _train_critic(self, number: int, values: ShardStore) -> dict[str, Any]:
+        folder, critic = critic_folder(self.folder, number), self.critics[number]
+        title = "Critic" if len(self.critics) == 1 else f"Critic {number + 1} of {len(self.critics)}"
+        print_title(title, folder / "stage.json")
         solutions = values.table("solutions")
         held_out = held_out_problems(solutions["problem_id"])
 
@@ -210,35 +233,29 @@ class Iteration:
 
         def make_trainer(args: dict[str, Any]) -> StepCriticTrainer:
             return StepCriticTrainer(
-                self.critic,
+                critic,
                 StepCriticConfig(**args),
                 train_dataset=rows_to_train_on(),
                 eval_dataset=solutions.filter(lambda row: row["problem_id"] in held_out),
                 **self._trainer_arguments(),
             )
 
-        if self.arguments.critic.get("load_best_model_at_end") and self._is_main:
-            warn(
-                "`critic.load_best_model_at_end` chooses by the problems that the critic is then measured on: what is "
-                "measured looks a little better than it is."
-            )
-        settings = self._settings(self.arguments.critic, self.critic, values.manifest["fingerprint"])
+        given = self.arguments.critic
+        if number:
+            given = given | {"seed": given.get("seed", self.arguments.seed) + 1_000_003 * number}
+        settings = self._settings(given, critic, values.manifest["fingerprint"])
         if self.arguments.critic_states != "solutions":  # as of runs before there was a choice
             settings["states"] = self.arguments.critic_states
-        results = self._train(make_trainer, self.arguments.critic, self.critic, self.folder / "critic", settings)
-        self.results["critic"] = results["metrics"]
-        self.results["dropped"]["critic"] = results["dropped"]
+        return self._train(make_trainer, given, critic, folder, settings)
 
     def _score(self, values: ShardStore) -> Dataset:
-        """Value all rows by the critic; measure it on the problems that it was not trained on."""
-        folder = self.folder / "critic"
-        critic = model_path(folder)
+        """Value all rows by the critics; measure their mean on the problems that they were not trained on."""
+        folders = [critic_folder(self.folder, number) for number in range(len(self.critics))]
+        critics = [model_path(folder) for folder in folders]
 
         def compute() -> dict[str, Any]:
-            arguments = self.recipe.training_arguments(self.arguments.critic, critic) | _SCORING
-            config = StepCriticConfig(str(folder), **arguments)
-            trainer = StepCriticTrainer(model=critic, args=config, processing_class=self.recipe.tokenizer)
-            scored = {name: trainer.predict_values(values.table(name)) for name in ("solutions", "states")}
+            tables = [self._predict(critic, values) for critic in critics]
+            scored = {name: mean_values([rows[name] for rows in tables]) for name in tables[0]}
             held_out = held_out_problems(scored["solutions"]["problem_id"])
             unseen = scored["states"].filter(lambda row: row["problem_id"] in held_out)
             scored["states"] = self._with_critic_advantages(scored["states"], unseen)
@@ -247,26 +264,47 @@ class Iteration:
             ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=TOLD_APART)
             if self._is_main:
                 draw_values(scored["solutions"], self.folder / "values.png")
-            return {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs, "num_held_out": len(held_out)}
+            found = {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs, "num_held_out": len(held_out)}
+            if len(critics) > 1:  # the only one was measured after its training
+                unseen = scored["solutions"].filter(lambda row: row["problem_id"] in held_out)
+                found |= {f"eval_{name}": number for name, number in solution_metrics(unseen).items()}
+            return found
 
-        settings = {
-            "critic": made_how(critic),
-            "weights": weights_hash(critic),
-            "values": values.manifest["fingerprint"],
-        }
+        made, weights = [made_how(critic) for critic in critics], [weights_hash(critic) for critic in critics]
+        settings = {"critic": made[0], "weights": weights[0]} if len(critics) == 1 else {"critics": made}
+        settings |= {"values": values.manifest["fingerprint"]} | ({"weights": weights} if len(critics) > 1 else {})
         results = run_once(self._scored, settings, compute, self._is_main)
         self.results["critic"] |= results | {"diagnosis": diagnose_once(self._scored.parent, self._is_main)}
         print_critic(self.results["critic"])
         free_memory()
         if self.arguments.values != "shrinkage" and not self.arguments.allow_unfit_critic:
             refuse_unfit(self.results["critic"]["diagnosis"], self.folder)
-        if self._is_main:
-            metrics, problems = self.results["critic"], self.recipe.publisher.problems
-            add_card_results(str(folder), critic_table(metrics), critic_results(metrics, problems))
-        self.recipe.publisher.model(folder)
+        for number, folder in enumerate(folders):
+            self._finish_card(number, folder)
+            self.recipe.publisher.model(folder)
         data = self._scored.parent
         cure = f"Delete {self._scored} to score the rows again"
         return read_tables({data / "states_critic.parquet": cure}, data / ".cache")
+
+    def _predict(self, critic: str, values: ShardStore) -> dict[str, Dataset]:
+        """All rows with the values of a critic."""
+        arguments = self.recipe.training_arguments(self.arguments.critic, critic) | _SCORING
+        config = StepCriticConfig(str(self.folder / "critic"), **arguments)
+        trainer = StepCriticTrainer(model=critic, args=config, processing_class=self.recipe.tokenizer)
+        return {name: trainer.predict_values(values.table(name)) for name in ("solutions", "states")}
+
+    def _finish_card(self, number: int, folder: Path) -> None:
+        """What was measured goes into the card of a critic: of several its own, and that of their mean."""
+        if not self._is_main:
+            return
+        measured = self.results["critic"]
+        if len(self.critics) == 1:
+            own, table = measured, critic_table(measured)
+        else:
+            own = measured["critics"][number]
+            table, mean = critic_table(own), critic_table(measured, f"mean value of {len(self.critics)} critics")
+            table = {title: table.get(title, {}) | columns for title, columns in mean.items()}
+        add_card_results(str(folder), table, critic_results(own, self.recipe.publisher.problems))
 
     def _with_critic_advantages(self, states: Dataset, unseen: Dataset) -> Dataset:
         """Advantages from the critic's values; with standard errors, if anything can be said of these."""

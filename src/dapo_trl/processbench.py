@@ -15,10 +15,11 @@ from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
 
+from dapo_trl.critics import mean_values
 from dapo_trl.files import numbered_folders, read_json
 from dapo_trl.first_errors import RULES, FirstErrors, evaluate_first_errors
 from dapo_trl.readers import read_processbench
-from dapo_trl.run_folder import model_path
+from dapo_trl.run_folder import critic_folders, model_path
 from dapo_trl.settings import SettingsError
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_critic_trainer import StepCriticTrainer
@@ -103,7 +104,8 @@ def evaluate_critic(
 
     Args:
         critic (`str`):
-            Critic by name or path, or the folder of a run: of several iterations the last that has one.
+            Critic by name or path, or the folder of a run: of several iterations the last that has one. The values of
+            several critics are averaged, as the run does.
         fit (`str`):
             Part that the thresholds are chosen on, see [`load_processbench`]. The authors take `"gsm8k"`.
         test (sequence of `str`):
@@ -126,16 +128,17 @@ def evaluate_critic(
     """
     if fit in test:
         raise SettingsError(f"Thresholds that are chosen on {fit!r} cannot be measured on it. Name other parts.")
-    path, prompt_template = _find_critic(critic, prompt_template)
+    paths, prompt_template = _find_critics(critic, prompt_template)
     parts = {name: load_processbench(name, dataset) for name in dict.fromkeys([fit, *test])}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = StepCriticTrainer(path, _config(folder, batch_size))
-        is_chat = bool(trainer.processing_class.chat_template)
+        trainers = [StepCriticTrainer(path, _config(folder, batch_size)) for path in paths]
+        is_chat = bool(trainers[0].processing_class.chat_template)
         scored, left_out = {}, {}
         for name, rows in parts.items():
             solutions, left_out[name] = processbench_rows(rows, prompt_template, is_chat, step_separator)
             columns = ["critic_values", "first_error", "problem_id"]
-            scored[name] = trainer.predict_values(solutions).select_columns(columns).to_list()
+            valued = mean_values([trainer.predict_values(solutions) for trainer in trainers])
+            scored[name] = valued.select_columns(columns).to_list()
     results = {name: {rule: evaluate_first_errors(scored[fit], scored[name], rule) for rule in RULES} for name in test}
     return {"results": results, "left_out": left_out}
 
@@ -193,12 +196,14 @@ def dump_processbench(found: dict[str, Any]) -> str:
     return json.dumps(found | {"results": results, "mean_f1": mean_f1(found["results"])}, indent=2) + "\n"
 
 
-def _find_critic(critic: str, prompt_template: str | None) -> tuple[str, str]:
-    """Where the critic is, and how questions are put to it."""
+def _find_critics(critic: str, prompt_template: str | None) -> tuple[list[str], str]:
+    """Where the critics are, and how questions are put to them."""
     folder = Path(critic)
-    iterations = (path / "critic" for path in (folder, *(path for _, path in numbered_folders(folder, "iteration"))))
-    of_run = [path for path in iterations if path.is_dir()]
-    trained = [path for path in of_run if (path / "stage.json").exists()] or of_run  # the last may be under way
+    iterations = (folder, *(path for _, path in numbered_folders(folder, "iteration")))
+    of_run = [critics for path in iterations if (critics := critic_folders(path))]
+    is_trained = [all((path / "stage.json").exists() for path in critics) for critics in of_run]
+    trained = [critics for critics, is_done in zip(of_run, is_trained, strict=True) if is_done]
+    trained = trained or of_run  # the last may be under way
     results = (folder if of_run else folder.parent) / "results.json"
     if prompt_template is None and results.is_file():
         arguments = read_json(results, ["arguments"], cure="Give `--prompt_template`")["arguments"]
@@ -210,7 +215,7 @@ def _find_critic(critic: str, prompt_template: str | None) -> tuple[str, str]:
         )
     if "{question}" not in prompt_template:
         raise SettingsError(f"`prompt_template` must contain {{question}}, got {prompt_template!r}.")
-    return model_path(trained[-1]) if trained else critic, prompt_template
+    return [model_path(path) for path in trained[-1]] if trained else [critic], prompt_template
 
 
 def _config(folder: str, batch_size: int) -> StepCriticConfig:

@@ -34,6 +34,7 @@ from dapo_trl.publishing import Publisher
 from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
 from dapo_trl.recipe_checks import refuse_bad_training, refuse_empty_folder, refuse_misfit_adapter
 from dapo_trl.run_folder import (
+    critic_folder,
     iteration_folder,
     made_how,
     model_path,
@@ -118,16 +119,19 @@ class Recipe:
         generator = self.model
         if until == "train":
             self.results["before"] = self.evaluate("before training", generator, self.folder / "before.json")
-        critic: str | None = self.arguments.critic_model_name_or_path
+        start, number_of_critics = self.arguments.critic_model_name_or_path, self.arguments.num_critics
+        critics = [start] * number_of_critics if start else None
         folders = [iteration_folder(self.folder, number) for number in range(self.arguments.iterations)]
         for number, folder in enumerate(folders):
-            results = Iteration(self, number, folder, generator, critic).run(until)
+            results = Iteration(self, number, folder, generator, critics).run(until)
             if until != "train":
                 return results
             several = {"iterations": [*self.results.get("iterations", []), results]}
             self.results |= several if len(folders) > 1 else results
             generator = model_path(folder / policy_folder(self.arguments.values))
-            critic = model_path(folder / "critic") if self.arguments.values != "monte_carlo" else None
+            critics = None
+            if self.arguments.values != "monte_carlo":
+                critics = [model_path(critic_folder(folder, which)) for which in range(number_of_critics)]
         self.results["arguments"] = dataclasses.asdict(self.arguments)
         self.results["stages"] = stage_times(self.folder, folders)
         print_results(self.results)

@@ -43,6 +43,7 @@ _LEAST = {
     "generation_batch_size": 1,
     "shard_size": 1,
     "num_solutions": 2,
+    "num_critics": 1,
     "eval_k": 1,
 }
 _WHY = {"num_solutions": " Right and wrong solutions of a problem are compared."}
@@ -113,6 +114,10 @@ class RecipeArguments:
     )
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Backbone of the critic. Default: the policy's model."}
+    )
+    num_critics: int = field(
+        default=1,
+        metadata={"help": "Critics that are trained, each with a seed of its own; advantages are of their mean value."},
     )
     allow_unfit_critic: bool = field(
         default=False,

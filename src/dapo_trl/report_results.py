@@ -22,7 +22,7 @@ from dapo_trl.report_figures import (
     parts_figure,
 )
 from dapo_trl.report_run import AGAIN, POLICIES, VALUES, Iteration, stage_counts
-from dapo_trl.run_folder import table_cure
+from dapo_trl.run_folder import critic_folders, table_cure
 
 
 _MEASURED = ("greedy", "mean_at_k", "pass_at_k")
@@ -150,11 +150,14 @@ def trainings_of(iterations: list[Iteration]) -> list[Training]:
     Returns:
         `list[Training]`: with a note where nothing was kept of what was logged.
     """
-    titles = {"critic": "Critic"} | {name: f"Policy, {VALUES[source]} values" for name, source in POLICIES.items()}
+    policies = {name: f"Policy, {VALUES[source]} values" for name, source in POLICIES.items()}
     found = []
     for part in iterations:
-        for name, title in titles.items():
-            folder = part.folder / name
+        critics = critic_folders(part.folder)
+        titles = {folder: f"Critic {number}" for number, folder in enumerate(critics, start=1)}
+        if len(critics) == 1:
+            titles = {critics[0]: "Critic"}
+        for folder, title in (titles | {part.folder / name: title for name, title in policies.items()}).items():
             if (folder / "stage.json").exists() or (folder / "begun.json").exists():
                 found.append(_training(folder, f"{part.title}: {title}" if part.title else title))
     return found

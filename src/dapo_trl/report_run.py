@@ -130,7 +130,7 @@ def settings_of(folder: Path, iterations: list[Iteration]) -> tuple[dict[str, An
         for stage in _STAGES:
             if (path := part.folder / stage / "manifest.json").exists():
                 found |= flat(read_json(path, ["config"], _cure(path))["config"].get("rollouts", {}))
-        for name in ("critic", *POLICIES):
+        for name in ("critic", *POLICIES):  # of several critics, which differ in their seeds only, the first
             for path in (part.folder / name / "begun.json", part.folder / name / "stage.json"):
                 if path.exists():
                     arguments = read_json(path, ["config"], AGAIN)["config"].get("arguments", {})
@@ -286,7 +286,7 @@ def counts_of(iterations: list[Iteration]) -> list[tuple[str, list[tuple[str, in
         for stage in _STAGES:
             if (part.folder / stage / "manifest.json").exists():
                 found.append((f"{prefix}{_STAGES[stage]}", list(stage_counts(part.folder / stage).items())))
-        for name in ("critic", *POLICIES):
+        for name in ("critic", *POLICIES):  # all critics have the same rows
             path = part.folder / name / "stage.json"
             if path.exists():
                 dropped = read_json(path, ["results"], AGAIN)["results"].get("dropped", {})

@@ -101,6 +101,37 @@ def policy_folder(source: str) -> str:
     return "policy" if source == "critic" else f"policy_{source}"
 
 
+def critic_folder(folder: Path, number: int) -> Path:
+    """
+    Folder of a critic of an iteration.
+
+    Args:
+        folder (`Path`):
+            Folder of the iteration.
+        number (`int`):
+            Which of its critics, from 0.
+
+    Returns:
+        `Path`: `critic`, `critic-2`, `critic-3`, ...
+    """
+    return folder / (f"critic-{number + 1}" if number else "critic")
+
+
+def critic_folders(folder: Path) -> list[Path]:
+    """
+    Folders of the critics that an iteration has.
+
+    Args:
+        folder (`Path`):
+            Folder of the iteration.
+
+    Returns:
+        `list[Path]`: those that are there, in their order.
+    """
+    first = folder / "critic"
+    return ([first] if first.is_dir() else []) + [path for _, path in numbered_folders(folder, "critic")]
+
+
 def model_path(folder: Path) -> str:
     """
     Where a trained model is loaded from: the merged one, where an adapter was trained.
@@ -146,7 +177,7 @@ def stage_times(folder: Path, iterations: list[Path]) -> dict[str, dict[str, flo
         which shards that are kept were under way, however many at a time; of a training that went on, since the last
         start.
     """
-    patterns = ["sampled/manifest.json", "values/manifest.json", "critic/stage.json", "data/scored.json"]
+    patterns = ["sampled/manifest.json", "values/manifest.json", "critic*/stage.json", "data/scored.json"]
     patterns += ["policy*/stage.json", "policy*/accuracy.json"]
     paths = [path for part in iterations for pattern in patterns for path in sorted(part.glob(pattern))]
     found = {}

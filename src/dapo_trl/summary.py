@@ -92,8 +92,9 @@ def print_critic(metrics: dict[str, Any]) -> None:
     """
     if not PartialState().is_main_process:
         return
+    who = f"The mean of {len(metrics['critics'])} critics" if "critics" in metrics else "Critic"
     console.print(
-        f"Critic on {metrics['num_held_out']} held-out problems: BCE {metrics['eval_bce']:.3f} (best constant "
+        f"{who} on {metrics['num_held_out']} held-out problems: BCE {metrics['eval_bce']:.3f} (best constant "
         f"{metrics['eval_bce_constant']:.3f}), skill {metrics['eval_skill']:.1%}, Brier {metrics['eval_brier']:.3f}, "
         f"calibration error {metrics['eval_calibration_error']:.3f}; orders {metrics['eval_sibling_ranking']:.1%} of "
         f"{metrics['eval_sibling_pairs']:,} pairs of sibling steps as their Monte Carlo values do, where these differ "
@@ -126,21 +127,23 @@ def print_strength(strength: float, is_of_critic: bool = True) -> None:
         )
 
 
-def critic_table(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def critic_table(metrics: dict[str, Any], column: str = "held-out problems") -> dict[str, dict[str, Any]]:
     """
     Metrics of the critic for its card.
 
     Args:
         metrics (`dict`):
             Metrics on the held-out problems.
+        column (`str`, *optional*, defaults to `"held-out problems"`):
+            What stands above the numbers.
 
     Returns:
-        `dict`: row -> column -> number.
+        `dict`: row -> column -> number; without a metric that is not there.
     """
     names = {"eval_bce": "binary cross-entropy", "eval_bce_constant": "best constant's cross-entropy"}
     names |= {"eval_skill": "skill", "eval_brier": "Brier score", "eval_calibration_error": "calibration error"}
     names |= {"eval_sibling_ranking": "siblings ordered alike (0.3 apart)"}
-    return {title: {"held-out problems": metrics[name]} for name, title in names.items()}
+    return {title: {column: metrics[name]} for name, title in names.items() if name in metrics}
 
 
 def policy_results(after: dict[str, Any], problems: str | None, split: str) -> list[EvalResult]:
