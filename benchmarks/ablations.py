@@ -26,6 +26,7 @@ from recording import REPOSITORY, command_line, keep, origin, origin_in_words, w
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TASK = "arithmetic"
+CRITIC = "critic_model_name_or_path"
 REDUCTIONS = ("samples", "states", "pairs", "pairs without duplicates")
 
 
@@ -78,14 +79,18 @@ ABLATIONS = (
     Ablation("solutions kept of a problem", "num_kept", (2, 4, 8), RECIPE["num_kept"], is_of_data=True),
     Ablation("problems", "num_train_problems", (175, 350, 700, 1400), RECIPE["num_train_problems"], is_of_data=True),
     Ablation("states that the critic learns from", "critic_states", ("solutions", "candidates"), "solutions", True),
-    Ablation("layers of the critic", "critic_layers", (2, 4, 6), 6, is_of_data=True),
+    Ablation("model of the critic", CRITIC, ("2 layers", "4 layers", "student", "larger"), "student", True),
+    Ablation("critics, of which the mean is taken", "num_critics", (1, 3), 1, is_of_data=True),
 )
 
 
-def shorten_student(folder: Path, num_layers: int) -> Path:
-    """The student's first layers: a smaller backbone for a critic."""
+def critic_model(name: str, folder: Path) -> Path:
+    """A model for the critic: the larger one, or the student's first layers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if name == "larger":
+        return TASKS[TASK].larger
+    num_layers = int(name.split()[0])
     path = folder / f"student-{num_layers}"
     if not (path / "tokenizer_config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(STUDENTS)
@@ -100,9 +105,8 @@ def jobs_of(ablation: Ablation, seeds: list[int], folder: Path) -> Iterator[tupl
     for value in ablation.values:
         for seed in seeds:
             job = ablation.job(value, seed)
-            if ablation.name == "critic_layers" and value != ablation.default:
-                path = str(shorten_student(folder, value))
-                job = replace(job, data=("--critic_model_name_or_path", path))
+            if ablation.name == CRITIC and value != ablation.default:
+                job = replace(job, data=(f"--{CRITIC}", str(critic_model(value, folder))))
             yield value, job
 
 
@@ -122,10 +126,9 @@ def measure(seeds: list[int], folder: Path, num_processes: int) -> dict[str, Any
 
 
 def critic_of(job: Job, folder: Path) -> dict[str, float]:
-    """Skill of the critic on problems that it was not trained on."""
-    run = data_of(job, folder).run
-    metrics = json.loads((run / "critic" / "stage.json").read_text())["results"]["metrics"]
-    return {name: metrics[f"eval_{name}"] for name in ("skill", "sibling_ranking") if f"eval_{name}" in metrics}
+    """Skill of the critic, or of several together, on problems that it was not trained on."""
+    measures = json.loads((data_of(job, folder).run / "data" / "diagnosis.json").read_text())["measures"]
+    return {name: measures[name]["mean"] for name in ("skill", "sibling_ranking")}
 
 
 # ---- Report ----

@@ -162,6 +162,24 @@ def test_what_the_critic_alone_changes_is_not_sampled_again(tmp_path, monkeypatc
     assert plain.plain == plain
 
 
+def test_ablations_change_one_setting(tmp_path):
+    """The demo as it is stands in every one, as the same job; what only the critic sees has the demo's samples."""
+    import ablations
+
+    plain = ablations.ABLATIONS[0].job(ablations.POLICY["beta"], 0)
+    own_samples = set()
+    for ablation in ablations.ABLATIONS:
+        jobs = dict(ablations.jobs_of(ablation, [0], tmp_path))
+        assert jobs.pop(ablation.default) == plain, ablation.name
+        for value, job in jobs.items():
+            path = job.path(tmp_path)
+            assert path != plain.path(tmp_path), (ablation.name, value)
+            changed = {name for name in job.settings if job.settings[name] != plain.settings.get(name)}
+            assert changed | {name.strip("-") for name in job.data[::2]} == {ablation.name}
+            own_samples |= {ablation.name} if learning_jobs.data_of(job, tmp_path).has_own_samples else set()
+    assert own_samples == {"num_completions", "num_kept", "num_train_problems"}
+
+
 def test_a_job_is_told_from_every_other(tmp_path):
     job = learning_jobs.Job("arithmetic", 0, "dpo", "test", {"beta": 0.1})
     others = [
