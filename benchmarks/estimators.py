@@ -7,7 +7,8 @@ Advantages are made of the values of candidate next steps. `monte_carlo` values 
 begin with it or pass through it, `critic` by the critic alone, `shrinkage` by both. As in `values.py`, completions come
 from a pool of 512 of every state of the kept solutions of 80 validation problems, so that values can be compared with
 those of completions that no estimate has seen; the variance of these is subtracted. A critic comes from the demo's run
-of each seed, which has never seen these problems; one more, "pooled", learns from the problems of all of these runs.
+of each seed, which has never seen these problems; "larger" is the mean value of three of the same run that begin with a
+larger model; one more, "pooled", learns from the problems of all of these runs.
 The prior strength is fitted on one half of the problems; errors are those of the other half, with bootstrap intervals
 over problems.
 
@@ -15,6 +16,7 @@ Writes `benchmarks/results/estimators.json`, `docs/images/estimators.png` and th
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +26,23 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from dapo_trl import StepCriticConfig, StepCriticTrainer
-from dapo_trl.run_folder import held_out_problems
+from dapo_trl.critics import mean_values
+from dapo_trl.run_folder import critic_folders, held_out_problems
 from dapo_trl.shrinkage import fit_prior_strength, shrinkage_values
-from learning_jobs import TASKS, Data, make_data, run_in_processes
+from learning_jobs import TASKS, Data, Job, data_of, larger_critics, make_data, run_in_processes
 from recording import REPOSITORY, command_line, keep, origin, origin_in_words, write_between
 from value_pool import PROBLEM_SEED, STUDENT, Row, load_pool
 from values import Bench, CandidateTruths, Scheme, estimate, shuffle, state_of
 
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "numpy")
-NUMBERS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # completions of a state, with reuse
+NUMBERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # completions of a state, with reuse
 STYLES = {  # colours of Paul Tol's "bright" scheme
     "monte_carlo": ("#000000", "o", "Monte Carlo"),
     "critic": ("#228833", "s", "critic"),
     "shrinkage": ("#ee6677", "D", "shrinkage"),
 }
+LARGER = Job("arithmetic", 0, "larger_critics", "test", data=larger_critics(TASKS["arithmetic"]))
 COLUMNS = ("mc_successes", "mc_rollouts", "counts")
 
 
@@ -104,25 +108,28 @@ def pooled_critic(data: list[Data], folder: Path) -> Path:
     return folder
 
 
-def critic_values(critic: Path, rows: list[Row]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
-    """Values of all candidates by a critic, each state once."""
+def critic_values(critics: list[Path], rows: list[Row]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
+    """Values of all candidates by a critic, or the mean of several, each state once."""
     different = {(state_of(row), *map(tuple, row["candidates_ids"])): row for row in rows}
-    config = StepCriticConfig(str(critic), use_cpu=True, bf16=False, report_to="none", max_length=None)
-    tokenizer = AutoTokenizer.from_pretrained(critic)
-    trainer = StepCriticTrainer(model=str(critic), args=config, processing_class=tokenizer)
-    valued = trainer.predict_values(Dataset.from_list(list(different.values())))
+    states = Dataset.from_list(list(different.values()))
+    valued = []
+    for critic in critics:
+        config = StepCriticConfig(str(critic), use_cpu=True, bf16=False, report_to="none", max_length=None)
+        tokenizer = AutoTokenizer.from_pretrained(critic)
+        trainer = StepCriticTrainer(model=str(critic), args=config, processing_class=tokenizer)
+        valued.append(trainer.predict_values(states))
     return {
         (state_of(row), tuple(ids)): value
-        for row in valued
+        for row in mean_values(valued)
         for ids, value in zip(row["candidates_ids"], row["critic_values"], strict=True)
     }
 
 
-def measure(bench: Bench, critics: list[Path], repeats: int) -> dict[str, Any]:
+def measure(bench: Bench, critics: list[list[Path]], repeats: int) -> dict[str, Any]:
     """Errors of the estimators at each number of completions, over critics and problems."""
     sets = [Candidates(bench, number, repeats) for number in NUMBERS]
     rows = [row for candidates in sets for row in candidates.rows]
-    known = [critic_values(critic, rows) for critic in critics]
+    known = [critic_values(several, rows) for several in critics]
     ones = np.zeros(len(bench.picks["search"]) + len(bench.picks["report"]))
     ones[bench.picks["report"]] = 1
     rng, size = np.random.default_rng(0), len(bench.picks["report"])
@@ -189,16 +196,16 @@ def _ends(draws: list[float]) -> list[float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = [
-        "| completions of a state | tokens a state | Monte Carlo | critic | shrinkage | tokens that it saves at its "
-        "error | critic of all runs | shrinkage with it | tokens that it saves |",
-        "|---" * 9 + "|",
-    ]
-    demo, pooled = (results[name]["points"]["drawn"] for name in ("demo", "pooled"))
+    titles = ["completions of a state", "tokens a state", "Monte Carlo"]
+    for critic in ("critic", "three larger critics", "critic of all runs"):
+        titles += [critic, "shrinkage with it", "tokens that it saves at its error"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    demo, *others = (results[name]["points"]["drawn"] for name in ("demo", "larger", "pooled"))
     for row, number in enumerate(NUMBERS):
         cells = [f"{demo[name][row]['error']:.4f}" for name in STYLES] + [_share(demo["saved"][row])]
-        cells += [f"{pooled[name][row]['error']:.4f}" for name in ("critic", "shrinkage")]
-        cells.append(_share(pooled["saved"][row]))
+        for other in others:
+            cells += [f"{other[name][row]['error']:.4f}" for name in ("critic", "shrinkage")]
+            cells.append(_share(other["saved"][row]))
         lines.append(f"| {number} | {demo['monte_carlo'][row]['tokens']:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -220,9 +227,9 @@ def details(record: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axis = figure.subplots()
-    for critics, dashes, of in (("demo", "-", ""), ("pooled", "--", " of all runs")):
+    for critics, dashes, of in (("demo", "-", ""), ("larger", ":", ", three larger"), ("pooled", "--", " of all runs")):
         for name, (color, marker, title) in STYLES.items():
-            if critics == "pooled" and name == "monte_carlo":
+            if critics != "demo" and name == "monte_carlo":
                 continue
             points = results[critics]["points"]["drawn"][name]
             tokens, errors = [point["tokens"] for point in points], [point["error"] for point in points]
@@ -246,14 +253,17 @@ def main() -> None:
     parser.add_argument("--critics_dir", type=Path, default=REPOSITORY / "runs" / "learning" / "arithmetic")
     given = parser.parse_args()
     data = [Data(TASKS["arithmetic"], seed, given.critics_dir / f"seed-{seed}") for seed in given.seeds]
-    run_in_processes(make_data, [(each,) for each in data], 2)
+    larger = [data_of(replace(LARGER, seed=seed), given.critics_dir.parent) for seed in given.seeds]
+    for each in (data, larger):
+        run_in_processes(make_data, [(one,) for one in each], 2)
     bench = Bench(load_pool(given), AutoTokenizer.from_pretrained(STUDENT))
     record = {
         **origin(command_line(), PACKAGES),
         "seeds": {"problems": PROBLEM_SEED, "critics": given.seeds, "draws": "the number of the run", "bootstrap": 0},
         "results": {
-            "demo": measure(bench, [each.run / "critic" for each in data], given.repeats),
-            "pooled": measure(bench, [pooled_critic(data, given.critics_dir / "pooled")], given.repeats),
+            "demo": measure(bench, [[each.run / "critic"] for each in data], given.repeats),
+            "larger": measure(bench, [critic_folders(each.run) for each in larger], given.repeats),
+            "pooled": measure(bench, [[pooled_critic(data, given.critics_dir / "pooled")]], given.repeats),
         },
     }
     keep(record, "estimators")

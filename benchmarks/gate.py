@@ -14,6 +14,9 @@ go through the same gate:
 - fresh head: the trained backbone with a fresh head, of another seed than the run's: training moves a head so little,
   and features so much, that the head which the training began with is nearly as good as the one that it ended with.
 
+Beside these stand three critics that begin with a larger model, whose mean value is taken: `RUN-larger` has the same
+samples.
+
 Then `dapo-trl diagnose ... --num_completions 64` draws 64 fresh completions of every held-out state and candidate, for
 a better truth. Writes `benchmarks/results/gate.json` (of other tasks `gate-TASK.json`) and the tables between the marks
 of `benchmarks/README.md`. A quarter of an hour on one CPU core if all critics of the demo are to be trained.
@@ -21,6 +24,7 @@ of `benchmarks/README.md`. A quarter of an hour on one CPU core if all critics o
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -40,13 +44,15 @@ from dapo_trl.files import write_atomically
 from dapo_trl.fresh_diagnosis import with_counts
 from dapo_trl.run_folder import held_out_problems
 from dapo_trl.values import Counts
-from learning_jobs import TASKS, Task
+from learning_jobs import TASKS, Task, larger_critics
 from recording import REPOSITORY, interval, keep, origin, origin_in_words, write_between
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 NUM_COMPLETIONS = 64
-KINDS = ("working", "constant", "inverted", "untrained", "fresh head")
+LARGER = "three larger, their mean"
+WORKING = {"working": "The working critics", LARGER: "The means of three critics that begin with a larger model"}
+KINDS = (*WORKING, "constant", "inverted", "untrained", "fresh head")
 KEPT = ("num_problems", "num_states", "num_pairs", "num_clear_pairs", "pairs_by_difference")
 MEASURES = {
     "skill": "skill",
@@ -132,8 +138,9 @@ def measure(task: Task, seed: int, folder: Path) -> dict:
     counts, rows = fresh_counts(folder), rows_of(folder)
     found = {}
     for kind in KINDS:
-        if kind == "working":  # as the run itself has it
-            tables, own = held_out_rows(folder / "data", ("prefix", "candidates")), diagnose_once(folder / "data")
+        if kind in WORKING:  # as the run itself has it
+            data = (folder if kind == "working" else score_by_larger(task, seed, folder)) / "data"
+            tables, own = held_out_rows(data, ("prefix", "candidates")), diagnose_once(data)
         else:
             tables = valued(make_critic(kind, task.student, folder, seed), task.student, rows)
             own = record(diagnose(*tables))
@@ -143,6 +150,15 @@ def measure(task: Task, seed: int, folder: Path) -> dict:
         }
         found[kind]["fresh"]["ranking_by_difference"] = afresh["ranking_by_difference"]
     return found
+
+
+def score_by_larger(task: Task, seed: int, folder: Path) -> Path:
+    """A run with the same samples, whose critics begin with a larger model."""
+    larger = folder.with_name(f"{folder.name}-larger")
+    for stage in ("sampled", "values"):
+        shutil.copytree(folder / stage, larger / stage, dirs_exist_ok=True)
+    command("score", task, seed, larger, *larger_critics(task))
+    return larger
 
 
 def measure_once(task: Task, seed: int, folder: Path) -> dict:
@@ -206,14 +222,14 @@ def percent(estimate: dict) -> str:
     return f"{100 * estimate['mean']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
 
 
-def working_table(runs: dict[str, dict], place: str) -> str:
-    """The measures of the working critics, a line a seed; then their means."""
+def working_table(runs: dict[str, dict], kind: str, place: str) -> str:
+    """The measures of critics that are not broken, a line a seed; then their means."""
     lines = [f"| seed | problems, pairs | {' | '.join(MEASURES.values())} |", "|---" * (len(MEASURES) + 2) + "|"]
     for seed, run in runs.items():
-        found = run["working"][place]
+        found = run[kind][place]
         cells = [percent(found["measures"][name]) for name in MEASURES]
         lines.append(f"| {seed} | {found['num_problems']}, {found['num_pairs']} | {' | '.join(cells)} |")
-    means = [over_seeds(runs, "working", place, name) for name in MEASURES]
+    means = [over_seeds(runs, kind, place, name) for name in MEASURES]
     cells = [f"**{100 * mean:.1f} ± {100 * half:.1f}**" for mean, half in means]
     return "\n".join([*lines, f"| mean | | {' | '.join(cells)} |"])
 
@@ -234,16 +250,19 @@ def difference_table(runs: dict[str, dict]) -> str:
 def details(results: dict) -> str:
     runs = results["runs"]
     frequent, rare = (results["by_frequency"][name] for name in ("frequent", "rare"))
+    text = f"{origin_in_words(results)} Numbers in percent.\n\n{refused_table(runs)}\n\n"
+    for kind, title in WORKING.items():
+        text += (
+            f"{title} by the run's own completions, which the gate decides by, with 95% intervals over problems; "
+            f"the mean with that over seeds:\n\n{working_table(runs, kind, 'run')}\n\nThe same by "
+            f"{NUM_COMPLETIONS} fresh completions of every state and candidate:\n\n"
+            f"{working_table(runs, kind, 'fresh')}\n\n"
+        )
     return (
-        f"{origin_in_words(results)} "
-        f"Numbers in percent.\n\n{refused_table(runs)}\n\nThe working critics by the run's own completions, which the "
-        f"gate decides by, with 95% intervals over problems; the mean with that over seeds:\n\n"
-        f"{working_table(runs, 'run')}\n\nThe same by {NUM_COMPLETIONS} fresh completions of every state and "
-        f"candidate:\n\n{working_table(runs, 'fresh')}\n\nOf these pairs, all seeds together, the run has drawn "
-        f"both next steps four times at least in {frequent['pairs']:,}, of which {frequent['ranking']:.0%} are ordered "
-        f"right; of the {rare['pairs']:,} others it is {rare['ranking']:.0%}.\n\nNext steps that they order right by "
-        f"the distance of the mean outcomes of {NUM_COMPLETIONS} completions, all seeds (pairs):\n\n"
-        f"{difference_table(runs)}"
+        f"{text}Of these pairs, all seeds together, the run has drawn both next steps four times at least in "
+        f"{frequent['pairs']:,}, of which {frequent['ranking']:.0%} are ordered right by the working critics; of the "
+        f"{rare['pairs']:,} others it is {rare['ranking']:.0%}.\n\nNext steps that they order right by the distance of "
+        f"the mean outcomes of {NUM_COMPLETIONS} completions, all seeds (pairs):\n\n{difference_table(runs)}"
     )
 
 

@@ -1,7 +1,7 @@
 """
 Is this better than what people do today? The same student, problems and number of generated tokens; other methods.
 
-    python benchmarks/learning.py [--tasks arithmetic word_problems] [--seeds 0 1 2 3 4] [--output_dir runs/learning]
+    python benchmarks/learning.py [--tasks arithmetic word_problems] [--seeds 0 1 ... 9] [--output_dir runs/learning]
 
 Every method is tuned in the same way, on validation problems with the data of seeds that are not reported. On the first
 of them: five learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its
@@ -23,8 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from learning_jobs import NUM_TEST, NUM_VALIDATION, TASKS, Job, K, data_of, run_jobs
-from learning_report import details, draw, short, table
+from learning_jobs import NUM_TEST, NUM_VALIDATION, TASKS, Job, K, data_of, larger_critics, run_jobs
+from learning_report import TITLES, details, draw, short, table
 from recording import REPOSITORY, command_line, keep, origin, write_between
 
 
@@ -141,20 +141,30 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names}
 
 
+def validate(task: str, settings: Settings, data: tuple[str, ...], folder: Path, num_processes: int) -> dict[str, Any]:
+    """Larger critics on the tuning seeds, with the settings of one critic."""
+    jobs = [Job(task, seed, "larger_critics", "validation", settings, data) for seed in TUNING_SEEDS]
+    finals = [_kept(result) | {"seed": result["seed"]} for result in run_jobs(jobs, folder, num_processes)]
+    return {"chosen": settings, "tried": finals[:1], "finals": finals}
+
+
 def compare(task: str, search: Search, seeds: Sequence[int], folder: Path, num_processes: int) -> dict[str, Any]:
     """Tune on the tuning seeds, report the others."""
+    data = {"larger_critics": larger_critics(TASKS[task])}
     tuned = tune(task, search, folder, num_processes)
+    tuned |= {
+        name: validate(task, tuned[UNTUNED[name]]["chosen"], arguments, folder, num_processes)
+        for name, arguments in data.items()
+    }
     settings = {"student": {}} | {method: found["chosen"] for method, found in tuned.items()}
     settings |= {method: tuned[like]["chosen"] for method, like in UNTUNED.items()}
-    larger = ("--critic_model_name_or_path", str(TASKS[task].larger), "--num_critics", "3")
-    data = {"larger_critics": larger}
     jobs = [
         Job(task, seed, method, "test", given, data.get(method, ()))
         for method, given in settings.items()
         for seed in seeds
     ]
     results = run_jobs(jobs, folder, num_processes)
-    by_method: dict[str, dict[str, Any]] = {method: {} for method in settings}
+    by_method: dict[str, dict[str, Any]] = {method: {} for method in TITLES}
     for job, result in zip(jobs, results, strict=True):
         by_method[job.method][str(job.seed)] = _kept(result)
     tokens = {str(seed): data_of(Job(task, seed, "critic", "test"), folder).tokens for seed in seeds}
@@ -164,7 +174,7 @@ def compare(task: str, search: Search, seeds: Sequence[int], folder: Path, num_p
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "learning")
     parser.add_argument("--num_processes", type=int, default=2, help="Trainings at a time, one core each.")
     given = parser.parse_args()
@@ -178,7 +188,7 @@ def main() -> None:
     search = Search(defaults, AXES, NUM_FINALISTS["first task"])
     for task in given.tasks:
         record["tasks"][task] = compare(task, search, given.seeds, given.output_dir, given.num_processes)
-        chosen = {method: found["chosen"] for method, found in record["tasks"][task]["tuning"].items()}
+        chosen = {method: record["tasks"][task]["tuning"][method]["chosen"] for method in AXES}
         search = Search(chosen, RATES_ONLY, NUM_FINALISTS["later tasks"])
         print(table(record["tasks"][task]))
         keep(record, "learning")

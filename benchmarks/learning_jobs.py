@@ -82,6 +82,11 @@ TASKS = {
 }
 
 
+def larger_critics(task: Task) -> tuple[str, ...]:
+    """Arguments of a run whose advantages are those of three critics that begin with the larger model."""
+    return ("--critic_model_name_or_path", str(task.larger), "--num_critics", "3")
+
+
 # ---- Data ----
 
 

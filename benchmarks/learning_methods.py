@@ -22,10 +22,11 @@ from trl import (
     SFTTrainer,
 )
 
-from dapo_trl import DAPOConfig, DAPOTrainer, add_advantages, math_reward
+from dapo_trl import DAPOConfig, DAPOTrainer, math_reward
 from dapo_trl.anchors import anchor_states
 from dapo_trl.run_folder import held_out_problems
-from dapo_trl.shrinkage import add_critic_errors, add_monte_carlo_errors, add_shrinkage_values, fit_strength
+from dapo_trl.shrinkage import fit_strength
+from dapo_trl.value_sources import SOURCES, advantages_from
 from learning_jobs import Data, dapo_trl, make_engine
 
 
@@ -100,13 +101,11 @@ def states_by(source: str, data: Data, reduction: str = "samples") -> Dataset:
     rows = data.states()
     if reduction == "pairs without duplicates":
         rows = rows.remove_columns("counts")
-    if source == "monte_carlo":
-        rows = add_advantages(add_monte_carlo_errors(rows), "values", "value_errors")
-    else:
+    strength = None
+    if source != "monte_carlo":
         held_out = held_out_problems(data.problem_ids())
         strength = fit_strength(rows.filter(lambda row: row["problem_id"] in held_out))
-        add_errors = {"critic": add_critic_errors, "shrinkage": add_shrinkage_values}[source]
-        rows = add_advantages(add_errors(rows, strength), f"{source}_values", f"{source}_errors", posterior=True)
+    rows = advantages_from(source, rows, strength)
     return rows.map(weigh_alike) if reduction == "states" else rows
 
 
@@ -299,7 +298,6 @@ def keep_student(data: Data, settings: dict[str, Any]) -> Trained:
     return Trained(make_engine(data.task.student), 0)
 
 
-SOURCES = ("critic", "shrinkage", "monte_carlo")
 METHODS = {
     "student": keep_student,
     "rft": train_on_right_solutions,

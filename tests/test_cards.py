@@ -29,7 +29,7 @@ from conftest import (
     random_state_rows,
 )
 from dapo_trl import AccuracyCallback, DAPOTrainer, StepCriticTrainer
-from dapo_trl.cards import hub_dataset, push_model_to_hub
+from dapo_trl.cards import _links, hub_dataset, push_model_to_hub
 from dapo_trl.recipe import Recipe
 from dapo_trl.recipe_arguments import RecipeArguments
 from test_dapo_trainer import config as policy_config
@@ -228,6 +228,15 @@ def test_names_that_are_not_on_the_hub(tmp_path, tokenizer, uploads):
     assert "- Data set: `runs`" in card.text
     assert "- Data set: `math`" in card.text
     assert "- Critic that valued its rows: `critic`" in card.text
+
+
+def test_several_critics_are_all_named():
+    """One is named as it was before there could be several."""
+    text = _links([], ["me/critic", "runs/math/critic-2"])
+    expected = "[me/critic](https://huggingface.co/me/critic), `critic-2`"
+    assert text == f"- Critics whose mean value its rows have: {expected}\n"
+    assert _links([], ["me/critic"]) == _links([], "me/critic")
+    assert _links([], []) == _links([], None) == ""
 
 
 def test_data_set_of_the_hub_is_found(tmp_path, tokenizer):

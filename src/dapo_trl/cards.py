@@ -90,8 +90,8 @@ class CardContents:
         dataset_name (`str` or `list[str]`, *optional*):
             Data sets: names on the Hub, which are linked, or other names, which are not. By default, the data set that
             the training rows were loaded from, if that is on the Hub.
-        critic_name (`str`, *optional*):
-            Critic that valued the rows of a policy: name on the Hub, or another.
+        critic_name (`str` or `list[str]`, *optional*):
+            Critic that valued the rows of a policy, or all whose mean value they have: names on the Hub, or others.
         results (`dict[str, dict]`, *optional*):
             Table of results: row name -> column name -> number or text, such as `{"greedy accuracy": {"before": "53.6%
             [50.5%, 56.7%]", "after": ...}}`. By default, the last evaluation; with `load_best_model_at_end`, that of
@@ -103,7 +103,7 @@ class CardContents:
     """
 
     dataset_name: str | list[str] | None = None
-    critic_name: str | None = None
+    critic_name: str | list[str] | None = None
     results: Mapping[str, Mapping[str, Any]] | None = None
     eval_results: list[EvalResult] | None = None
     recipe: Mapping[str, Any] | None = None
@@ -309,10 +309,12 @@ def _add_eval_results(card: ModelCard, eval_results: list[EvalResult], model_nam
         data.model_name = model_name or data.model_name or "model"
 
 
-def _links(datasets: list[str], critic_name: str | None) -> str:
+def _links(datasets: list[str], critic_name: str | list[str] | None) -> str:
     lines = [f"- Data set: {_linked(name, 'https://huggingface.co/datasets/')}" for name in datasets]
-    if critic_name:
-        lines.append(f"- Critic that valued its rows: {_linked(critic_name, 'https://huggingface.co/')}")
+    critics = [critic_name] if isinstance(critic_name, str) else critic_name or []
+    if critics:
+        title = "Critic that valued its rows" if len(critics) == 1 else "Critics whose mean value its rows have"
+        lines.append(f"- {title}: {', '.join(_linked(name, 'https://huggingface.co/') for name in critics)}")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -34,8 +34,9 @@ def mean_values(scored: Sequence[Dataset]) -> Dataset:
     >>> from datasets import Dataset
     >>> from dapo_trl.critics import mean_values
 
-    >>> one, other = (Dataset.from_dict({"critic_values": [values]}) for values in ([0.25, 1.0], [0.75, 0.5]))
-    >>> mean_values([one, other])["critic_values"][:]
+    >>> rows = Dataset.from_dict({"problem_id": ["a"]})
+    >>> scored = [rows.add_column("critic_values", [values]) for values in ([0.25, 1.0], [0.75, 0.5])]
+    >>> mean_values(scored)["critic_values"][:]
     [[0.5, 0.75]]
 
     ```

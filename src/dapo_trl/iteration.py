@@ -15,7 +15,6 @@ from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback
 from trl import get_peft_config, get_quantization_config
 
-from dapo_trl.advantages import add_advantages
 from dapo_trl.anchors import anchor_states
 from dapo_trl.cards import add_card_results
 from dapo_trl.critic_gate import refuse_unfit
@@ -39,13 +38,7 @@ from dapo_trl.run_folder import (
     model_path,
     policy_folder,
 )
-from dapo_trl.shrinkage import (
-    add_critic_errors,
-    add_monte_carlo_errors,
-    add_shrinkage_values,
-    fit_strength,
-    with_mean_prior,
-)
+from dapo_trl.shrinkage import fit_strength, with_mean_prior
 from dapo_trl.stages import sample_stage, value_stage
 from dapo_trl.step_critic_config import StepCriticConfig
 from dapo_trl.step_critic_trainer import StepCriticTrainer
@@ -61,6 +54,7 @@ from dapo_trl.summary import (
     print_title,
     warn,
 )
+from dapo_trl.value_sources import advantages_from
 from dapo_trl.verifiers.math import math_reward
 
 
@@ -143,8 +137,7 @@ class Iteration:
                 "shrinkage": self._shrink(states["critic"], held_out_problems(values.table("solutions")["problem_id"]))
             }
         if self.arguments.values in ("monte_carlo", "both") and "advantages" in stages:
-            rows = add_monte_carlo_errors(values.table("states"))
-            states["monte_carlo"] = add_advantages(rows, "values", "value_errors")
+            states["monte_carlo"] = advantages_from("monte_carlo", values.table("states"))
             self._write(states["monte_carlo"], "states_monte_carlo")
         if "train" in stages:
             for source, rows in states.items():
@@ -189,6 +182,10 @@ class Iteration:
         if not values.manifest["rows"]["states"]:
             raise ValueError(NO_SIGNAL)
         return values
+
+    @property
+    def _critic_folders(self) -> list[Path]:
+        return [critic_folder(self.folder, number) for number in range(len(self.critics))]
 
     @property
     def _scored(self) -> Path:
@@ -250,8 +247,7 @@ class Iteration:
 
     def _score(self, values: ShardStore) -> Dataset:
         """Value all rows by the critics; measure their mean on the problems that they were not trained on."""
-        folders = [critic_folder(self.folder, number) for number in range(len(self.critics))]
-        critics = [model_path(folder) for folder in folders]
+        critics = list(map(model_path, self._critic_folders))
 
         def compute() -> dict[str, Any]:
             tables = [self._predict(critic, values) for critic in critics]
@@ -279,7 +275,7 @@ class Iteration:
         free_memory()
         if self.arguments.values != "shrinkage" and not self.arguments.allow_unfit_critic:
             refuse_unfit(self.results["critic"]["diagnosis"], self.folder)
-        for number, folder in enumerate(folders):
+        for number, folder in enumerate(self._critic_folders):
             self._finish_card(number, folder)
             self.recipe.publisher.model(folder)
         data = self._scored.parent
@@ -314,9 +310,8 @@ class Iteration:
             policy = self.arguments.policy
             if policy.get("reliability_weights") or policy.get("min_reliability"):
                 raise ValueError(f"How far the critic's values can be relied on is not known. {error}") from error
-            return add_advantages(states, "critic_values")
-        rows = add_critic_errors(states, strength)
-        return add_advantages(rows, "critic_values", "critic_errors", posterior=True)
+            return advantages_from("critic", states)
+        return advantages_from("critic", states, strength)
 
     def _shrink(self, scored: Dataset, held_out: set[str]) -> Dataset:
         """Monte Carlo values shrunk towards the critic's, as far as problems that it was not trained on trust it."""
@@ -327,8 +322,7 @@ class Iteration:
         strength = fit_strength(unseen_prior)
         self.results["critic"]["prior_strength"] = strength
         print_strength(strength, self._uses_critic)
-        rows = add_shrinkage_values(prior, strength)
-        rows = add_advantages(rows, "shrinkage_values", "shrinkage_errors", posterior=True)
+        rows = advantages_from("shrinkage", prior, strength)
         rows = rows.remove_columns("critic_values").add_column("critic_values", scored["critic_values"])
         self._write(rows, "states_shrinkage")
         return rows
@@ -422,7 +416,7 @@ class Iteration:
         trainer.create_model_card(
             name.rpartition("/")[2],
             [publisher.dataset_name(self.folder / "values"), *([publisher.problems] if publisher.problems else [])],
-            critic_name=publisher.model_name(self.folder / "critic") if folder.name == "policy" else None,
+            critic_name=list(map(publisher.model_name, self._critic_folders)) if folder.name == "policy" else None,
             recipe=publisher.settings(),
         )
         if self._is_main and is_peft_model(trainer.model):
