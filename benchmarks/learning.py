@@ -56,19 +56,19 @@ AXES: dict[str, tuple[Axis, ...]] = {
     "step_dpo": (RATE, BETA, PASSES._replace(default=2)),
     "kto": (RATE, BETA, PASSES),
     "grpo": (RATE, Axis("num_iterations", (1, 2, 4), 1)),
+    "larger_critics": (RATE, BETA, STATES),
     "critic": (RATE, BETA, STATES),
     "shrinkage": (RATE, BETA, STATES),
     "monte_carlo": (RATE, BETA, STATES),
 }
 RATES_ONLY = dict.fromkeys(AXES, (RATE,))  # what is chosen anew on later tasks
 MAX_ROUNDS = 6  # of the search
-# Methods that are not tuned, and whose settings they have.
-UNTUNED = {
-    "larger_critics": "critic",
-    "critic_2": "critic",
-    "shrinkage_2": "shrinkage",
-    "monte_carlo_2": "monte_carlo",
-}
+TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
+
+
+def job_of(task: str, seed: int, method: str, split: str, settings: Settings) -> Job:
+    data = larger_critics(TASKS[task]) if method == "larger_critics" else ()
+    return Job(task, seed, method, split, settings, data)
 
 
 class Search(NamedTuple):
@@ -87,7 +87,7 @@ def tune(task: str, search: Search, folder: Path, num_processes: int) -> dict[st
     as one of these is better.
     """
     groups = [
-        [Job(task, TUNING_SEEDS[0], method, "validation", start | {"learning_rate": rate}) for rate in FIRST]
+        [job_of(task, TUNING_SEEDS[0], method, "validation", start | {"learning_rate": rate}) for rate in FIRST]
         for method, start in search.starts.items()
     ]
     run_jobs([job for group in groups for job in group], folder, num_processes)
@@ -141,28 +141,12 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names}
 
 
-def validate(task: str, settings: Settings, data: tuple[str, ...], folder: Path, num_processes: int) -> dict[str, Any]:
-    """Larger critics on the tuning seeds, with the settings of one critic."""
-    jobs = [Job(task, seed, "larger_critics", "validation", settings, data) for seed in TUNING_SEEDS]
-    finals = [_kept(result) | {"seed": result["seed"]} for result in run_jobs(jobs, folder, num_processes)]
-    return {"chosen": settings, "tried": finals[:1], "finals": finals}
-
-
 def compare(task: str, search: Search, seeds: Sequence[int], folder: Path, num_processes: int) -> dict[str, Any]:
     """Tune on the tuning seeds, report the others."""
-    data = {"larger_critics": larger_critics(TASKS[task])}
     tuned = tune(task, search, folder, num_processes)
-    tuned |= {
-        name: validate(task, tuned[UNTUNED[name]]["chosen"], arguments, folder, num_processes)
-        for name, arguments in data.items()
-    }
     settings = {"student": {}} | {method: found["chosen"] for method, found in tuned.items()}
-    settings |= {method: tuned[like]["chosen"] for method, like in UNTUNED.items()}
-    jobs = [
-        Job(task, seed, method, "test", given, data.get(method, ()))
-        for method, given in settings.items()
-        for seed in seeds
-    ]
+    settings |= {method: tuned[like]["chosen"] for method, like in TWICE.items()}
+    jobs = [job_of(task, seed, method, "test", given) for method, given in settings.items() for seed in seeds]
     results = run_jobs(jobs, folder, num_processes)
     by_method: dict[str, dict[str, Any]] = {method: {} for method in TITLES}
     for job, result in zip(jobs, results, strict=True):
@@ -188,7 +172,7 @@ def main() -> None:
     search = Search(defaults, AXES, NUM_FINALISTS["first task"])
     for task in given.tasks:
         record["tasks"][task] = compare(task, search, given.seeds, given.output_dir, given.num_processes)
-        chosen = {method: record["tasks"][task]["tuning"][method]["chosen"] for method in AXES}
+        chosen = {method: found["chosen"] for method, found in record["tasks"][task]["tuning"].items()}
         search = Search(chosen, RATES_ONLY, NUM_FINALISTS["later tasks"])
         print(table(record["tasks"][task]))
         keep(record, "learning")
