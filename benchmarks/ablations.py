@@ -128,7 +128,7 @@ def measure(seeds: list[int], folder: Path, num_processes: int) -> dict[str, Any
 def critic_of(job: Job, folder: Path) -> dict[str, float]:
     """Skill of the critic, or of several together, on problems that it was not trained on."""
     measures = json.loads((data_of(job, folder).run / "data" / "diagnosis.json").read_text())["measures"]
-    return {name: measures[name]["mean"] for name in ("skill", "sibling_ranking")}
+    return {name: measures[name]["mean"] for name in ("skill", "sibling_ranking") if name in measures}
 
 
 # ---- Report ----

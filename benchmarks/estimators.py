@@ -253,7 +253,10 @@ def main() -> None:
     parser.add_argument("--critics_dir", type=Path, default=REPOSITORY / "runs" / "learning" / "arithmetic")
     given = parser.parse_args()
     data = [Data(TASKS["arithmetic"], seed, given.critics_dir / f"seed-{seed}") for seed in given.seeds]
-    larger = [data_of(replace(LARGER, seed=seed), given.critics_dir.parent) for seed in given.seeds]
+    larger = []
+    for seed in given.seeds:
+        found = data_of(replace(LARGER, seed=seed), given.critics_dir)
+        larger.append(replace(found, folder=given.critics_dir / found.folder.name))
     for each in (data, larger):
         run_in_processes(make_data, [(one,) for one in each], 2)
     bench = Bench(load_pool(given), AutoTokenizer.from_pretrained(STUDENT))

@@ -164,7 +164,7 @@ def score_by_larger(task: Task, seed: int, folder: Path) -> Path:
 def measure_once(task: Task, seed: int, folder: Path) -> dict:
     """The same, kept in the folder of the run."""
     path = folder / "gate.json"
-    if not path.exists():
+    if not path.exists() or set(json.loads(path.read_text())) != set(KINDS):
         write_atomically(path, json.dumps(measure(task, seed, folder), indent=2))
     return json.loads(path.read_text())
 

@@ -92,6 +92,11 @@ def test_versions_for_bug_reports(capsys):
         (["run", RECIPE, "--policy.gradient_accumulation_steps", "0"], "`policy`: `gradient_accumulation_steps` mus"),
         (["run", RECIPE, "--critic.optim", "sgdd"], "`critic`: sgdd is not a valid OptimizerNames"),
         (["run", RECIPE, "--critic.seed", "-1"], "`critic`: `seed` must be from 0 to 4294967295, got -1"),
+        (
+            ["run", RECIPE, "--critic.seed", "4294967295", "--num_critics", "2"],
+            "`critic`: `seed` must be from 0 to 4293967292, got 4294967295",
+        ),
+        (["run", RECIPE, "--num_critics", "0"], "`num_critics` must be at least 1, got 0"),
         (["run", RECIPE, "--report_to", "foo"], "`critic`: `report_to` is ['foo']: foo is not supported, only"),
         (["run", RECIPE, "--model_name_or_path", "./nowhere"], "`model_name_or_path` is './nowhere', but there is no"),
         (["run", RECIPE, "--model_name_or_path", "./docs"], "`model_name_or_path` is './docs', a folder without weig"),

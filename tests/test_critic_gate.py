@@ -64,6 +64,17 @@ def test_an_unfit_critic_is_refused(scored):
     assert not (folder / "policy").exists()
 
 
+def test_several_unfit_critics_are_refused(scored, tmp_path):
+    """The message says whose mean it is, and names all folders that a new training has to do without."""
+    folder = tmp_path / "run"
+    for name in ("critic", "critic-2"):
+        (folder / name).mkdir(parents=True)
+    with pytest.raises(UnfitCriticError) as refused:
+        refuse_unfit(diagnosis(scored[0]), folder)
+    assert str(refused.value).startswith(f"The mean of 2 critics in {folder} is refused. ")
+    assert "after deleting `critic`, `critic-2` and `data`, here" in str(refused.value)
+
+
 def test_refused_again_and_allowed(commands, tmp_path, again):
     """
     A second time without scoring anew; allowed, the run goes on at once; finished, it is refused without that. Nothing

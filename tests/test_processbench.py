@@ -87,6 +87,8 @@ def test_of_several_iterations_the_last_critic_that_is_trained(tmp_path):
     places = [tmp_path / part / "critic" for part in ("", "iteration-2", "iteration-3")]
     for place in places:
         place.mkdir(parents=True)
+        (place / "model.safetensors").touch()
+    (tmp_path / "iteration-3" / "critic-2").mkdir()  # under way
     assert _find_critics(str(tmp_path), "{question}")[0] == [str(places[2])]
     for place in places[:2]:
         (place / "stage.json").touch()

@@ -24,7 +24,7 @@ from dapo_trl import StepCriticConfig, StepCriticTrainer
 from dapo_trl.critics import solution_metrics
 from dapo_trl.intervals import Estimate
 from dapo_trl.model_identity import identify
-from dapo_trl.run_folder import held_out_problems
+from dapo_trl.run_folder import critic_folders, held_out_problems
 from written import done_work, records, results, rows, seconds
 
 
@@ -334,11 +334,18 @@ def test_several_critics(commands, tmp_path, again):
     The first is that of a run with one; the others differ from it. Rows have the mean of their values, which is
     measured, and is not taken for the value of one.
     """
-    single = load_file(again / "critic" / "model.safetensors")
-    shutil.rmtree(again / "data")
+    single, before = load_file(again / "critic" / "model.safetensors"), records(again)
     command = ("score", RECIPE, *SMALL, "--num_critics", "3", "--output_dir", again)
     code, text = commands.run(*command, output=tmp_path / "log")
+    assert code != 0
+    assert "the mean value of `num_critics: 1`, which is now 3" in text and records(again) == before
+    shutil.rmtree(again / "data")
+    two = ("critic", RECIPE, *SMALL, "--num_critics", "2", "--output_dir", again)
+    assert commands.run(*two, output=tmp_path / "log")[0] == 0
+    before = done_work(again)
+    code, text = commands.run(*command, output=tmp_path / "log")
     assert code == 0, text[-3000:]
+    assert before.items() < done_work(again).items()  # the first two are not trained again
     assert "The mean of 3 critics on" in text
     folders = [again / name for name in ("critic", "critic-2", "critic-3")]
     heads = [load_file(folder / "model.safetensors")["score.weight"] for folder in folders]
@@ -363,9 +370,10 @@ def test_several_critics(commands, tmp_path, again):
         card = (folder / "README.md").read_text()
         assert "mean value of 3 critics" in card
         assert f"{own:.4g}" in card and f"{skill:.4g}" in card
+    shutil.rmtree(again / "data")
     code, text = commands.run("score", RECIPE, *SMALL, "--output_dir", again, output=tmp_path / "log")
-    assert code != 0
-    assert "scored.json" in text
+    assert code == 0, text[-3000:]
+    assert critic_folders(again) == folders[:1]  # those of before are there, and not used
 
 
 def test_policy_without_anchors(commands, tmp_path, again):

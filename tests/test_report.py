@@ -279,8 +279,11 @@ def test_several_critics(copied):
     """Each has its curves; of one there is no number."""
     assert "Critic 1" not in shown(copied)
     shutil.copytree(copied / "critic", copied / "critic-2")
+    scored = copied / "data" / "scored.json"
+    write_json(scored, json.loads(scored.read_text()) | {"config": {"critics": [None, None]}})
     text = shown(copied)
     assert "Critic 1" in text and "Critic 2" in text and "Critic 3" not in text
+    assert "the means of 2 critics" in text
 
 
 # ---- At any point of a run ----

@@ -9,7 +9,25 @@ import time
 
 import pytest
 
-from dapo_trl.run_folder import last_checkpoint, publish_once, refuse_closed_folder
+from dapo_trl.run_folder import critic_folder, critic_folders, last_checkpoint, publish_once, refuse_closed_folder
+
+
+def test_critics_that_are_used(tmp_path):
+    """Before rows are scored, all that are there; then those whose values the rows have. Others are no critics."""
+    assert critic_folders(tmp_path) == []
+    for name in ("critic", "critic-0", "critic-1", "critic-2", "critic-3", "critic-10", "critic-2.bak", "critic-old"):
+        (tmp_path / name).mkdir()
+    found = ["critic", "critic-2", "critic-3", "critic-10"]
+    assert [path.name for path in critic_folders(tmp_path)] == found
+    assert [critic_folder(tmp_path, number).name for number in (0, 1, 9)] == ["critic", "critic-2", "critic-10"]
+    (tmp_path / "data").mkdir()
+    scored = tmp_path / "data" / "scored.json"
+    for config, number in (({"critic": {}}, 1), ({"critics": [None, None]}, 2)):
+        scored.write_text(json.dumps({"config": config}))
+        assert [path.name for path in critic_folders(tmp_path)] == found[:number]
+    scored.write_text("{")
+    with pytest.raises(ValueError, match=r"scored\.json is damaged: .* Delete it to score the rows again"):
+        critic_folders(tmp_path)
 
 
 def test_published_once(tmp_path):

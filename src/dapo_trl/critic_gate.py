@@ -18,7 +18,7 @@ _NEEDED = (
 _CURES = (
     "Try more data (`num_train_problems`, `num_completions`) in another `output_dir`; or another base model "
     "(`critic_model_name_or_path`), learning rate or number of epochs (`critic.learning_rate`, "
-    "`critic.num_train_epochs`), there or, after deleting `critic` and `data`, here; or do without the critic: "
+    "`critic.num_train_epochs`), there or, after deleting {folders} and `data`, here; or do without the critic: "
     "`values: monte_carlo`, "
     "or `values: shrinkage`, which then shrinks towards the mean outcome. With `allow_unfit_critic: true` the same "
     "command goes on with this critic from here."
@@ -44,8 +44,8 @@ def refuse_unfit(found: Mapping[str, Any], folder: Path) -> None:
     """
     if found["is_fit"]:
         return
-    number = len(critic_folders(folder))
-    who = f"The mean of {number} critics in {folder}" if number > 1 else f"The critic in {folder / 'critic'}"
+    folders = critic_folders(folder) or [folder / "critic"]
+    who = f"The mean of {len(folders)} critics in {folder}" if len(folders) > 1 else f"The critic in {folders[0]}"
     parts = [f"{who} is refused. {found['verdict']}"]
     if found["measures"]:
         parts += [f"{describe(found)}.", _NEEDED]
@@ -54,4 +54,5 @@ def refuse_unfit(found: Mapping[str, Any], folder: Path) -> None:
             "It is measured on every tenth of the problems that have right and wrong solutions, which are too few here "
             f"to be sure of anything: with {10 * ENOUGH_PROBLEMS} of them, {ENOUGH_PROBLEMS} are held out."
         )
-    raise UnfitCriticError(" ".join([*parts, _CURES]))
+    cures = _CURES.format(folders=", ".join(f"`{path.name}`" for path in folders))
+    raise UnfitCriticError(" ".join([*parts, cures]))

@@ -2,13 +2,11 @@
 One pass of the method: from a generator to a better policy. The stages of a run, each in its place.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
@@ -29,8 +27,10 @@ from dapo_trl.files import read_json, run_once, temporary_file
 from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.intervals import Estimate
 from dapo_trl.model_identity import identify, weights_hash
+from dapo_trl.modeling import free_memory
 from dapo_trl.recipe_arguments import changed_fields
 from dapo_trl.run_folder import (
+    CRITIC_SEEDS,
     critic_folder,
     held_out_problems,
     last_checkpoint,
@@ -209,10 +209,24 @@ class Iteration:
                 "`critic.load_best_model_at_end` chooses by the problems that the critic is then measured on: what is "
                 "measured looks a little better than it is."
             )
+        self._refuse_other_number()
         trained = [self._train_critic(number, values) for number in range(len(self.critics))]
         metrics = [results["metrics"] for results in trained]
         self.results["critic"] = metrics[0] if len(metrics) == 1 else {"critics": metrics}
         self.results["dropped"]["critic"] = trained[0]["dropped"]  # all have the same rows
+
+    def _refuse_other_number(self) -> None:
+        """Before any critic is trained: rows that are scored have the mean value of so many."""
+        if not self._scored.exists():
+            return
+        known = read_json(self._scored, ["config"], cure="Delete it to score the rows again")["config"]
+        number = len(known.get("critics", [None]))
+        if number != len(self.critics):
+            raise ValueError(
+                f"The rows of {self._scored.parent} have the mean value of `num_critics: {number}`, which is now "
+                f"{len(self.critics)}. Choose another `output_dir`, or delete {self._scored.parent} and the policies "
+                "that were trained on these rows; critics that are trained are not trained again."
+            )
 
     def _train_critic(self, number: int, values: ShardStore) -> dict[str, Any]:
         folder, critic = critic_folder(self.folder, number), self.critics[number]
@@ -239,7 +253,7 @@ class Iteration:
 
         given = self.arguments.critic
         if number:
-            given = given | {"seed": given.get("seed", self.arguments.seed) + 1_000_003 * number}
+            given = given | {"seed": given.get("seed", self.arguments.seed) + CRITIC_SEEDS * number}
         settings = self._settings(given, critic, values.manifest["fingerprint"])
         if self.arguments.critic_states != "solutions":  # as of runs before there was a choice
             settings["states"] = self.arguments.critic_states
@@ -277,7 +291,7 @@ class Iteration:
             refuse_unfit(self.results["critic"]["diagnosis"], self.folder)
         for number, folder in enumerate(self._critic_folders):
             self._finish_card(number, folder)
-            self.recipe.publisher.model(folder)
+            self.recipe.publisher.model(folder, is_one_of_several=len(self.critics) > 1)
         data = self._scored.parent
         cure = f"Delete {self._scored} to score the rows again"
         return read_tables({data / "states_critic.parquet": cure}, data / ".cache")
@@ -287,7 +301,10 @@ class Iteration:
         arguments = self.recipe.training_arguments(self.arguments.critic, critic) | _SCORING
         config = StepCriticConfig(str(self.folder / "critic"), **arguments)
         trainer = StepCriticTrainer(model=critic, args=config, processing_class=self.recipe.tokenizer)
-        return {name: trainer.predict_values(values.table(name)) for name in ("solutions", "states")}
+        scored = {name: trainer.predict_values(values.table(name)) for name in ("solutions", "states")}
+        del trainer
+        free_memory()  # before the next critic is loaded
+        return scored
 
     def _finish_card(self, number: int, folder: Path) -> None:
         """What was measured goes into the card of a critic: of several its own, and that of their mean."""
@@ -447,10 +464,3 @@ def results_table(before: dict[str, Any], after: dict[str, Any]) -> dict[str, di
         }
         for title, name in names.items()
     }
-
-
-def free_memory() -> None:
-    """Give back what deleted models held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,9 +1,10 @@
 """
-What both trainers do to loaded models before training: wrap them in adapters, look under wrappers, warn.
+What is done to loaded models: wrap them in adapters, look under wrappers, warn; give their memory back.
 """
 
 import contextlib
 import copy
+import gc
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 _HEADS = ("score", "classifier")  # of token classifiers; peft trains and saves the same
 
 logger = logging.getLogger(__name__)
+
+
+def free_memory() -> None:
+    """Give back what deleted models held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def set_padding(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,6 +18,8 @@ from rich.table import Table
 from dapo_trl.critics import mean_values
 from dapo_trl.files import numbered_folders, read_json
 from dapo_trl.first_errors import RULES, FirstErrors, evaluate_first_errors
+from dapo_trl.model_identity import weight_files
+from dapo_trl.modeling import free_memory
 from dapo_trl.readers import read_processbench
 from dapo_trl.run_folder import critic_folders, model_path
 from dapo_trl.settings import SettingsError
@@ -131,14 +133,18 @@ def evaluate_critic(
     paths, prompt_template = _find_critics(critic, prompt_template)
     parts = {name: load_processbench(name, dataset) for name in dict.fromkeys([fit, *test])}
     with tempfile.TemporaryDirectory() as folder:
-        trainers = [StepCriticTrainer(path, _config(folder, batch_size)) for path in paths]
-        is_chat = bool(trainers[0].processing_class.chat_template)
-        scored, left_out = {}, {}
-        for name, rows in parts.items():
-            solutions, left_out[name] = processbench_rows(rows, prompt_template, is_chat, step_separator)
-            columns = ["critic_values", "first_error", "problem_id"]
-            valued = mean_values([trainer.predict_values(solutions) for trainer in trainers])
-            scored[name] = valued.select_columns(columns).to_list()
+        valued: dict[str, list[Dataset]] = {name: [] for name in parts}
+        left_out = {}
+        for path in paths:
+            trainer = StepCriticTrainer(path, _config(folder, batch_size))
+            is_chat = bool(trainer.processing_class.chat_template)
+            for name, rows in parts.items():
+                solutions, left_out[name] = processbench_rows(rows, prompt_template, is_chat, step_separator)
+                valued[name].append(trainer.predict_values(solutions))
+            del trainer
+            free_memory()  # before the next critic is loaded
+    columns = ["critic_values", "first_error", "problem_id"]
+    scored = {name: mean_values(tables).select_columns(columns).to_list() for name, tables in valued.items()}
     results = {name: {rule: evaluate_first_errors(scored[fit], scored[name], rule) for rule in RULES} for name in test}
     return {"results": results, "left_out": left_out}
 
@@ -203,7 +209,9 @@ def _find_critics(critic: str, prompt_template: str | None) -> tuple[list[str], 
     of_run = [critics for path in iterations if (critics := critic_folders(path))]
     is_trained = [all((path / "stage.json").exists() for path in critics) for critics in of_run]
     trained = [critics for critics, is_done in zip(of_run, is_trained, strict=True) if is_done]
-    trained = trained or of_run  # the last may be under way
+    if not trained:  # not by a run, or the first is under way
+        whole = [[path for path in critics if weight_files(model_path(path))] for critics in of_run]
+        trained = [critics for critics in whole if critics]
     results = (folder if of_run else folder.parent) / "results.json"
     if prompt_template is None and results.is_file():
         arguments = read_json(results, ["arguments"], cure="Give `--prompt_template`")["arguments"]

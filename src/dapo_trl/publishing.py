@@ -86,12 +86,17 @@ class Publisher:
             push = partial(push_stage_to_hub, private=a.hub_private_repo)
             self._push(stage.folder, repo_id, stage.manifest["fingerprint"], push)
 
-    def model(self, folder: Path) -> None:
-        """A model and its finished card on the Hub, if that is wanted."""
+    def model(self, folder: Path, is_one_of_several: bool = False) -> None:
+        """
+        A model and its finished card on the Hub, if that is wanted. The card of one of several critics has what their
+        mean is worth: it is published again where that changes, and the model does not.
+        """
         a = self._arguments
         if a.push_to_hub:
             push = partial(push_model_to_hub, private=a.hub_private_repo)
-            self._push(folder, self.model_name(folder), text_fingerprint((folder / "stage.json").read_text()), push)
+            made = [folder / "stage.json"] + ([folder / "README.md"] if is_one_of_several else [])
+            fingerprint = text_fingerprint("".join(path.read_text() for path in made))
+            self._push(folder, self.model_name(folder), fingerprint, push)
 
     def _push(self, folder: Path, repo_id: str, fingerprint: str, push: Callable[[Path, str], str]) -> None:
         address = publish_once(folder, repo_id, fingerprint, push, self._is_main)

@@ -26,9 +26,10 @@ from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import evaluate_policy
 from dapo_trl.files import only_one, run_once, wait_for, write_atomically
-from dapo_trl.iteration import Iteration, free_memory
+from dapo_trl.iteration import Iteration
 from dapo_trl.loading import load_policy
 from dapo_trl.model_identity import identify
+from dapo_trl.modeling import free_memory
 from dapo_trl.problems import load_problems, refuse_long_prompts
 from dapo_trl.publishing import Publisher
 from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path

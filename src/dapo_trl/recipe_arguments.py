@@ -169,8 +169,8 @@ class RecipeArguments:
     hub_model_id: str | None = field(
         default=None,
         metadata={
-            "help": "Name of the models, to which '-critic', '-policy' and '-policy_monte_carlo' are added. Default: "
-            "that of the data sets."
+            "help": "Name of the models, to which '-critic' ('-critic-2', ...), '-policy' and '-policy_monte_carlo' "
+            "are added. Default: that of the data sets."
         },
     )
     hub_private_repo: bool | None = field(

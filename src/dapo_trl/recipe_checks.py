@@ -16,6 +16,7 @@ from dapo_trl.model_checks import check_peft_config
 from dapo_trl.model_identity import weight_files
 from dapo_trl.modeling import critic_adapter
 from dapo_trl.recipe_arguments import trainer_configs
+from dapo_trl.run_folder import CRITIC_SEEDS
 from dapo_trl.settings import SettingsError
 
 
@@ -41,8 +42,11 @@ def refuse_bad_training(recipe: "Recipe") -> None:
         given = getattr(recipe.arguments, section)
         try:
             args = kind(str(recipe.folder / section), **recipe.training_arguments(given, recipe.model))
-            if not 0 <= args.seed <= _LARGEST_SEED:
-                raise ValueError(f"`seed` must be from 0 to {_LARGEST_SEED}, got {args.seed}.")
+            largest = _LARGEST_SEED
+            if section == "critic":
+                largest -= CRITIC_SEEDS * (recipe.arguments.num_critics - 1)
+            if not 0 <= args.seed <= largest:
+                raise ValueError(f"`seed` must be from 0 to {largest}, got {args.seed}.")
             if section == "policy" and str(args.eval_strategy.value) != "no":
                 raise ValueError(
                     "`eval_strategy` needs rows to evaluate on, which the policy has none of: a run measures its "

@@ -59,13 +59,18 @@ class Training:
 
 @dataclass
 class Critic:
-    """What the critic of an iteration knows."""
+    """What the critic of an iteration knows, or the mean of several."""
 
     iteration: Iteration
     note: str = ""
     diagnosis: Diagnosis | None = None
     measures: list[tuple[str, str]] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+
+    @property
+    def number(self) -> int:
+        """Critics whose mean value is meant."""
+        return len(critic_folders(self.iteration.folder))
 
 
 @dataclass(frozen=True)

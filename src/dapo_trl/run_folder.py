@@ -21,6 +21,9 @@ from dapo_trl.files import (
 from dapo_trl.settings import SettingsError
 
 
+CRITIC_SEEDS = 1_000_003  # from the seed of a critic to that of the next
+
+
 def iteration_folder(folder: Path, number: int) -> Path:
     """
     Place of an iteration: of the first the run's folder itself, so that more can follow at any time.
@@ -119,17 +122,26 @@ def critic_folder(folder: Path, number: int) -> Path:
 
 def critic_folders(folder: Path) -> list[Path]:
     """
-    Folders of the critics that an iteration has.
+    Folders of the critics that an iteration uses.
 
     Args:
         folder (`Path`):
             Folder of the iteration.
 
     Returns:
-        `list[Path]`: those that are there, in their order.
+        `list[Path]`: in their order. Once rows are scored, those of the critics whose values they have; before, all
+        that are there.
+
+    Raises:
+        ValueError: if the record of the scores is damaged.
     """
-    first = folder / "critic"
-    return ([first] if first.is_dir() else []) + [path for _, path in numbered_folders(folder, "critic")]
+    scored = folder / "data" / "scored.json"
+    if scored.exists():
+        known = read_json(scored, ["config"], cure="Delete it to score the rows again")["config"]
+        wanted = [critic_folder(folder, which) for which in range(len(known.get("critics", [None])))]
+    else:
+        wanted = [folder / "critic", *(path for number, path in numbered_folders(folder, "critic") if number > 1)]
+    return [path for path in wanted if path.is_dir()]
 
 
 def model_path(folder: Path) -> str:
@@ -177,11 +189,15 @@ def stage_times(folder: Path, iterations: list[Path]) -> dict[str, dict[str, flo
         which shards that are kept were under way, however many at a time; of a training that went on, since the last
         start.
     """
-    patterns = ["sampled/manifest.json", "values/manifest.json", "critic*/stage.json", "data/scored.json"]
-    patterns += ["policy*/stage.json", "policy*/accuracy.json"]
-    paths = [path for part in iterations for pattern in patterns for path in sorted(part.glob(pattern))]
+    paths = []
+    for part in iterations:
+        paths += [part / stage / "manifest.json" for stage in ("sampled", "values")]
+        paths += [critic / "stage.json" for critic in critic_folders(part)] + [part / "data" / "scored.json"]
+        paths += [path for name in ("stage", "accuracy") for path in sorted(part.glob(f"policy*/{name}.json"))]
     found = {}
-    for path in [*folder.glob("before.json"), *paths]:
+    for path in [folder / "before.json", *paths]:
+        if not path.exists():
+            continue
         stage = read_json(path, ["config"], cure="Delete it to do this step again")
         name = "/".join(path.relative_to(folder).with_suffix("").parts).removesuffix("/manifest").removesuffix("/stage")
         results = stage.get("results", {})
