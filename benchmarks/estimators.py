@@ -36,7 +36,7 @@ from values import Bench, CandidateTruths, Scheme, estimate, shuffle, state_of
 
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "numpy")
-NUMBERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # completions of a state, with reuse
+NUMBERS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # completions of a state, with reuse
 STYLES = {  # colours of Paul Tol's "bright" scheme
     "monte_carlo": ("#000000", "o", "Monte Carlo"),
     "critic": ("#228833", "s", "critic"),
