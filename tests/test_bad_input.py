@@ -197,7 +197,7 @@ def trained(run, tmp_path_factory):
         ("values/shards/00000-solutions.parquet", "Delete {}/values/shards/00000.json to compute the shard again"),
         ("before.json", "Delete it to do this step again"),
         ("critic/stage.json", "Delete it to do this step again"),
-        ("data/scored.json", "Delete it to do this step again"),
+        ("data/scored.json", "Delete it to score the rows again"),
         ("data/states_critic.parquet", "Delete {}/data/scored.json to score the rows again"),
         ("policy/accuracy.json", "Delete it to do this step again"),
     ],

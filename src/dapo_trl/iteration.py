@@ -364,7 +364,7 @@ class Iteration:
         if self.arguments.anchor_states:  # as of runs before there was a choice
             settings["anchor_states"] = True
         if source != "monte_carlo":
-            scored = read_json(self._scored, ["config"], cure="Delete it to do this step again")
+            scored = read_json(self._scored, ["config"], cure="Delete it to score the rows again")
             settings |= {"scored": scored["config"]}
         if source == "shrinkage" and not self._uses_critic:
             settings |= {"prior": "mean outcome"}
