@@ -10,7 +10,8 @@ them over all is taken: a setting that is good once may fail the next time. On t
 tried again, and the best two go on; the other settings are those of the first task.
 Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
 none of which anything was trained on: greedily, and 8 samples a problem at temperature 1. Intervals are Student's t
-over seeds; differences are paired: of the same seed.
+over seeds; differences are paired: of the same seed. Later tasks, whose solutions are more and longer, have the first
+five of the seeds.
 
 A benchmark that was killed goes on where it was. Writes `benchmarks/results/learning.json`, the tables in
 `benchmarks/README.md` and `README.md`, and `docs/images/learning.png`.
@@ -31,6 +32,7 @@ from recording import REPOSITORY, command_line, keep, origin, write_between
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEEDS = (100, 101, 102)  # of the data with which settings are chosen; the search is on the first
 NUM_FINALISTS = {"first task": 4, "later tasks": 2}  # settings that are tried on all of them
+NUM_SEEDS_LATER = 5
 RATES = (1.6e-5, 4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 3.7e-3)
 FIRST = RATES[1:-1]  # tried with the defaults of the other settings, before the search goes on from the best
 
@@ -169,11 +171,11 @@ def main() -> None:
         "tasks": {},
     }
     defaults = {method: {axis.name: axis.default for axis in axes} for method, axes in AXES.items()}
-    search = Search(defaults, AXES, NUM_FINALISTS["first task"])
+    search, seeds = Search(defaults, AXES, NUM_FINALISTS["first task"]), given.seeds
     for task in given.tasks:
-        record["tasks"][task] = compare(task, search, given.seeds, given.output_dir, given.num_processes)
+        record["tasks"][task] = compare(task, search, seeds, given.output_dir, given.num_processes)
         chosen = {method: found["chosen"] for method, found in record["tasks"][task]["tuning"].items()}
-        search = Search(chosen, RATES_ONLY, NUM_FINALISTS["later tasks"])
+        search, seeds = Search(chosen, RATES_ONLY, NUM_FINALISTS["later tasks"]), given.seeds[:NUM_SEEDS_LATER]
         print(table(record["tasks"][task]))
         keep(record, "learning")
     write_between(REPOSITORY / "benchmarks" / "README.md", "learning", details(record))
