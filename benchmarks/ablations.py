@@ -67,7 +67,7 @@ class Ablation:
 RECIPE = TASKS[TASK].settings
 POLICY = RECIPE["policy"]
 ABLATIONS = (
-    Ablation("beta", "beta", (0.002, 0.01, 0.02, 0.03, 0.1, 0.2, 0.5), POLICY["beta"]),
+    Ablation("beta", "beta", (0.002, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5), POLICY["beta"]),
     Ablation("passes over the states", "num_train_epochs", (1, 2, 3, 5, 8), POLICY["num_train_epochs"]),
     Ablation("states with nothing to compare", "anchor_states", (False, True), RECIPE["anchor_states"]),
     Ablation("smallest advantage gap of a state", "min_advantage_gap", (0.0, 0.1, 0.2, 0.4), 0.1),
@@ -135,38 +135,42 @@ def critic_of(job: Job, folder: Path) -> dict[str, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = [f"| setting | value | {' | '.join(METRICS)} | tokens | critic's skill |", "|---" * 6 + "|"]
+    titles = [*METRICS, f"{METRICS[0]}: this minus the demo", "tokens", "critic's skill"]
+    lines = [f"| setting | value | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for ablation in found.values():
+        demo = ablation["rows"][ablation["default"]]
         for value, runs in ablation["rows"].items():
             cells = [spread([run[metric] for run in runs]) for metric in METRICS]
+            pairs = zip(runs, demo, strict=True)
+            cells.append("" if runs is demo else spread([a[METRICS[0]] - b[METRICS[0]] for a, b in pairs], "+"))
             tokens = np.mean([run["tokens"] for run in runs])
-            skill = np.mean([run["critic"]["skill"] for run in runs])
-            mark = " (demo)" if value == ablation["default"] else ""
-            lines.append(
-                f"| {ablation['title']} | {value}{mark} | {' | '.join(cells)} | {tokens / 1000:,.0f} k | {skill:.3f} |"
-            )
+            cells += [f"{tokens / 1000:,.0f} k", f"{np.mean([run['critic']['skill'] for run in runs]):.3f}"]
+            mark = " (demo)" if runs is demo else ""
+            lines.append(f"| {ablation['title']} | {value}{mark} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def details(record: dict[str, Any]) -> str:
     return (
         f"{origin_in_words(record)} "
-        f"Validation problems, {len(record['seeds'])} seeds, 95% intervals.\n\n{table(record['results'])}"
+        f"Validation problems, {len(record['seeds'])} seeds, 95% intervals; differences are paired, seed by seed.\n\n"
+        f"{table(record['results'])}"
     )
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """A panel a setting."""
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    for axis, ablation in zip(figure.subplots(2, -(-len(found) // 2), sharey=True).flat, found.values(), strict=False):
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    for axis, ablation in zip(figure.subplots(-(-len(found) // 4), 4, sharey=True).flat, found.values(), strict=False):
         values = list(ablation["rows"])
         for metric, marker, color in zip(METRICS, "os", ("#4477aa", "#ee6677"), strict=True):
             scores = np.array([[100 * run[metric] for run in ablation["rows"][value]] for value in values])
             axis.plot(range(len(values)), scores.mean(axis=1), marker=marker, color=color, label=metric)
             axis.plot(range(len(values)), scores, ".", color=color, alpha=0.4, markersize=4)
-        axis.set_xticks(range(len(values)), values)
+        axis.set_xticks(range(len(values)), [value.replace(" without", "\nwithout") for value in values])
+        axis.tick_params(labelsize=8)
         axis.axvline(values.index(ablation["default"]), color="#bbbbbb", linewidth=6, alpha=0.4, zorder=0)
-        axis.set(title=ablation["title"])
+        axis.set_title(ablation["title"].replace(", of", ",\nof"), fontsize=10)
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.supylabel("% correct on validation problems")

@@ -96,17 +96,16 @@ def finish(trainer: Any, tokens: int) -> Trained:
 WEIGHTS = {"samples": "counts", "states": "counts", "pairs": "uniform", "pairs without duplicates": "uniform"}
 
 
-def states_by(source: str, data: Data, reduction: str = "samples") -> Dataset:
+def states_by(source: str, data: Data, with_counts: bool = True) -> Dataset:
     """State rows with advantages from a source of values, and how far they can be relied on."""
     rows = data.states()
-    if reduction == "pairs without duplicates":
+    if not with_counts:
         rows = rows.remove_columns("counts")
     strength = None
     if source != "monte_carlo":
         held_out = held_out_problems(data.problem_ids())
         strength = fit_strength(rows.filter(lambda row: row["problem_id"] in held_out))
-    rows = advantages_from(source, rows, strength)
-    return rows.map(weigh_alike) if reduction == "states" else rows
+    return advantages_from(source, rows, strength)
 
 
 def weigh_alike(row: Row) -> Row:
@@ -119,9 +118,11 @@ def train_policy(source: str, data: Data, settings: dict[str, Any]) -> Trained:
     reduction = settings.pop("reduction", "samples")
     anchored = settings.pop("anchor_states", data.task.settings["anchor_states"])
     policy = data.task.settings["policy"] | {"duplicate_weights": WEIGHTS[reduction]} | settings
-    rows = states_by(source, data, reduction)
+    rows = states_by(source, data, with_counts=reduction != "pairs without duplicates")
     if anchored:
         rows = concatenate_datasets([rows, anchor_states(data.kept_solutions(), rows)])
+    if reduction == "states":
+        rows = rows.map(weigh_alike)
     return train(DAPOTrainer, DAPOConfig, data, rows, data.tokens, **policy)
 
 

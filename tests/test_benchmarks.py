@@ -28,6 +28,7 @@ MARKS = {  # in benchmarks/README.md, of the scripts that have written between t
     "sampling": "sampling",
     "values": "value_report",
     "demo": "demo",
+    "ablations": "ablations",
     "gate": "gate",
     "iterations": "iterations",
     "learning": "learning",
@@ -136,6 +137,22 @@ def test_equal_weights_of_states():
     """Two candidates weigh as much together as three."""
     weights = [methods.weigh_alike({"counts": [1] * number})["counts"] for number in (2, 3)]
     assert weights == [[2520, 2520], [1680, 1680, 1680]]
+
+
+def test_states_with_nothing_to_compare_weigh_as_much_as_others(tmp_path, monkeypatch):
+    """`anchor_states` says 1 for each, where others have 8 samples: by states they are to be alike."""
+    seen = []
+    state = {"problem_id": "1", "prefix": [], "candidates": ["a", "b"], "counts": [6, 2], "advantages": [0.1, -0.3]}
+    anchor = state | {"prefix": ["a"], "candidates": ["c"], "counts": [1], "advantages": [0.0]}
+    monkeypatch.setattr(methods, "states_by", lambda *_, **__: Dataset.from_list([state]))
+    monkeypatch.setattr(methods, "anchor_states", lambda *_: Dataset.from_list([anchor]))
+    monkeypatch.setattr(methods, "train", lambda *arguments, **_: seen.append(arguments[3]["counts"][:]))
+    monkeypatch.setattr(learning_jobs.Data, "kept_solutions", lambda _: None)
+    monkeypatch.setattr(learning_jobs.Data, "tokens", 0)
+    data = learning_jobs.Data(learning_jobs.TASKS["arithmetic"], 0, tmp_path)
+    for reduction in ("samples", "states"):
+        methods.train_policy("critic", data, {"reduction": reduction})
+    assert seen == [[[6, 2], [1]], [[2520, 2520], [5040]]]
 
 
 def test_what_the_critic_alone_changes_is_not_sampled_again(tmp_path, monkeypatch):
