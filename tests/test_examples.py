@@ -2,12 +2,14 @@
 The examples, started as a user starts them.
 """
 
+import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from huggingface_hub import ModelCard
@@ -21,6 +23,15 @@ def launch(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProce
     command = [str(accelerate), "launch", str(REPOSITORY / "examples" / "math.py"), *arguments]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # one process, also where GPUs are
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    """`examples/math.py`, imported."""
+    spec = importlib.util.spec_from_file_location("example_of_mathematics", REPOSITORY / "examples" / "math.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_demo_in_small(tmp_path):
@@ -114,18 +125,29 @@ def test_gsm8k_without_signal(tmp_path, data_dir, random_model):
     [
         (["--dataset_name", "nowhere.jsonl", "--model_name_or_path", str(STUDENT)], "there is no such file"),
         (["--model_name_or_path", "./nowhere", "--dataset_name", "some.jsonl"], "nowhere"),
-        (["--values", "guesses"], "invalid choice: 'guesses'"),
         (["--dataset-name", "nowhere.jsonl", "--model-name-or-path=nowhere/model"], "'nowhere/model', which cannot be"),
-        (["--dataset_name", "some.jsonl"], "`--dataset_name` needs `--model_name_or_path`"),
         (["--model_name_or_path", str(STUDENT)], "`dataset_name` is missing"),
         (["--prompt_template", "Q:"], "`prompt_template` must contain {question}"),
         (["--num_completions", "1"], "`num_completions` must be at least 2"),
     ],
 )
-def test_bad_arguments(tmp_path, arguments, message):
-    done = launch(*arguments, "--output_dir", str(tmp_path / "run"), "--num_test_problems", "2", "--eval_k", "1")
+def test_bad_arguments(tmp_path, commands, example, arguments, message):
+    """As the example calls the command, without a start of its own for each."""
+    few = ("--output_dir", tmp_path / "run", "--num_test_problems", "2", "--eval_k", "1")
+    code, text = commands.run("run", example.choose_recipe(arguments), *arguments, *few, output=tmp_path / "log")
+    assert code != 0
+    assert message in text
+
+
+def test_a_bad_argument_of_the_example():
+    done = launch("--values", "guesses")
     assert done.returncode != 0
-    assert message in done.stderr
+    assert "invalid choice: 'guesses'" in done.stderr
+
+
+def test_problems_of_ones_own_need_a_model(example):
+    with pytest.raises(SystemExit, match="`--dataset_name` needs `--model_name_or_path`"):
+        example.choose_recipe(["--dataset_name", "some.jsonl"])
 
 
 def test_splits_of_the_demo_share_no_problem():
