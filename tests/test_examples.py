@@ -139,8 +139,8 @@ def test_bad_arguments(tmp_path, commands, example, arguments, message):
     assert message in text
 
 
-def test_a_bad_argument_of_the_example():
-    done = launch("--values", "guesses")
+def test_a_bad_argument_of_the_example(tmp_path):
+    done = launch("--values", "guesses", "--output_dir", str(tmp_path / "run"))
     assert done.returncode != 0
     assert "invalid choice: 'guesses'" in done.stderr
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from dapo_trl.calibration import draw_calibration
 from dapo_trl.diagnosis import Diagnosis, TooFewProblemsError, diagnose
 from dapo_trl.files import dump_json, named_damage, numbered_folders, read_json, read_parquet, write_atomically
-from dapo_trl.run_folder import held_out_problems
+from dapo_trl.run_folder import held_out_problems, scored_config
 
 
 Row = dict[str, Any]
@@ -110,7 +110,7 @@ def diagnose_run(folder: Path) -> Diagnosis:
 
 def _keep(found: Row, data: Path) -> None:
     """Keep what was found, with the rows that it was found on."""
-    write_atomically(data / "diagnosis.json", dump_json(found | {"scored": _scored(data)}))
+    write_atomically(data / "diagnosis.json", dump_json(found | {"scored": scored_config(data)}))
 
 
 def diagnose_once(data: Path, is_main: bool = True) -> Row:
@@ -134,7 +134,7 @@ def diagnose_once(data: Path, is_main: bool = True) -> Row:
     if path.exists():
         known = read_json(path, ("measures",), _CURE)
         is_known = "scored" in known  # earlier versions did not say which rows they measured
-        if is_known and known.pop("scored") == _scored(data):
+        if is_known and known.pop("scored") == scored_config(data):
             return known
     solutions, states = held_out_rows(data)
     try:
@@ -162,12 +162,6 @@ def record(found: Diagnosis) -> Row:
         `dict`: its fields, `is_fit` and `verdict`.
     """
     return asdict(found) | {"is_fit": found.is_fit, "verdict": found.verdict}
-
-
-def _scored(data: Path) -> Any:
-    """Which rows these are."""
-    path = data / "scored.json"
-    return read_json(path, ["config"], "Delete it to score the rows again")["config"] if path.exists() else None
 
 
 def print_diagnosis(found: Diagnosis, console: Console | None = None) -> None:

@@ -23,7 +23,7 @@ from dapo_trl.dapo_trainer import DAPOTrainer
 from dapo_trl.diagnosing import diagnose_once
 from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
 from dapo_trl.engines import Engine
-from dapo_trl.files import read_json, run_once, temporary_file
+from dapo_trl.files import run_once, temporary_file
 from dapo_trl.interrupts import raise_if_interrupted
 from dapo_trl.intervals import Estimate
 from dapo_trl.model_identity import identify, weights_hash
@@ -37,6 +37,7 @@ from dapo_trl.run_folder import (
     made_how,
     model_path,
     policy_folder,
+    scored_config,
 )
 from dapo_trl.shrinkage import fit_strength, with_mean_prior
 from dapo_trl.stages import sample_stage, value_stage
@@ -217,9 +218,9 @@ class Iteration:
 
     def _refuse_other_number(self) -> None:
         """Before any critic is trained: rows that are scored have the mean value of so many."""
-        if not self._scored.exists():
+        known = scored_config(self._scored.parent)
+        if known is None:
             return
-        known = read_json(self._scored, ["config"], cure="Delete it to score the rows again")["config"]
         number = len(known.get("critics", [None]))
         if number != len(self.critics):
             raise ValueError(
@@ -364,8 +365,7 @@ class Iteration:
         if self.arguments.anchor_states:  # as of runs before there was a choice
             settings["anchor_states"] = True
         if source != "monte_carlo":
-            scored = read_json(self._scored, ["config"], cure="Delete it to score the rows again")
-            settings |= {"scored": scored["config"]}
+            settings |= {"scored": scored_config(self._scored.parent)}
         if source == "shrinkage" and not self._uses_critic:
             settings |= {"prior": "mean outcome"}
         results = self._train(make_trainer, self.arguments.policy, self.generator, folder, settings)

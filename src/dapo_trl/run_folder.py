@@ -120,6 +120,24 @@ def critic_folder(folder: Path, number: int) -> Path:
     return folder / (f"critic-{number + 1}" if number else "critic")
 
 
+def scored_config(data: Path) -> dict[str, Any] | None:
+    """
+    Settings that rows were scored with.
+
+    Args:
+        data (`Path`):
+            Folder of the rows.
+
+    Returns:
+        `dict` or `None`: `None` if they are not scored.
+
+    Raises:
+        ValueError: if the record is damaged.
+    """
+    path = data / "scored.json"
+    return read_json(path, ["config"], cure="Delete it to score the rows again")["config"] if path.exists() else None
+
+
 def critic_folders(folder: Path) -> list[Path]:
     """
     Folders of the critics that an iteration uses.
@@ -135,9 +153,8 @@ def critic_folders(folder: Path) -> list[Path]:
     Raises:
         ValueError: if the record of the scores is damaged.
     """
-    scored = folder / "data" / "scored.json"
-    if scored.exists():
-        known = read_json(scored, ["config"], cure="Delete it to score the rows again")["config"]
+    known = scored_config(folder / "data")
+    if known is not None:
         wanted = [critic_folder(folder, which) for which in range(len(known.get("critics", [None])))]
     else:
         wanted = [folder / "critic", *(path for number, path in numbered_folders(folder, "critic") if number > 1)]
