@@ -6,12 +6,11 @@ Is this better than what people do today? The same student, problems and number 
 Every method is tuned in the same way, on validation problems with the data of seeds that are not reported. On the first
 of them: five learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its
 settings (`AXES`: learning rate, beta, how long it trains). The best four go on to the other seeds, and the best of
-them over all is taken: a setting that is good once may fail the next time. On the second task the learning rates are
-tried again, and the best two go on; the other settings are those of the first task.
+them over all is taken: a setting that is good once may fail the next time. Later tasks, whose solutions are more and
+longer, begin with the settings of the first and search the learning rate alone, on the first of the seeds.
 Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
 none of which anything was trained on: greedily, and 8 samples a problem at temperature 1. Intervals are Student's t
-over seeds; differences are paired: of the same seed. Later tasks, whose solutions are more and longer, have the first
-five of the seeds.
+over seeds; differences are paired: of the same seed. Later tasks have the first five of the seeds.
 
 A benchmark that was killed goes on where it was. Writes `benchmarks/results/learning.json`, the tables in
 `benchmarks/README.md` and `README.md`, and `docs/images/learning.png`.
@@ -31,7 +30,7 @@ from recording import REPOSITORY, command_line, keep, origin, write_between
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEEDS = (100, 101, 102)  # of the data with which settings are chosen; the search is on the first
-NUM_FINALISTS = {"first task": 4, "later tasks": 2}  # settings that are tried on all of them
+NUM_FINALISTS = 4  # settings that are tried on all of them
 NUM_SEEDS_LATER = 5
 RATES = (1.6e-5, 4e-5, 1e-4, 2.5e-4, 6e-4, 1.5e-3, 3.7e-3)
 FIRST = RATES[1:-1]  # tried with the defaults of the other settings, before the search goes on from the best
@@ -68,36 +67,42 @@ MAX_ROUNDS = 6  # of the search
 TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
 
 
+def first_of(axes: tuple[Axis, ...]) -> list[Settings]:
+    """Five learning rates, with the defaults of the other settings."""
+    defaults = {axis.name: axis.default for axis in axes}
+    return [defaults | {"learning_rate": rate} for rate in FIRST]
+
+
 def job_of(task: str, seed: int, method: str, split: str, settings: Settings) -> Job:
     data = larger_critics(TASKS[task]) if method == "larger_critics" else ()
     return Job(task, seed, method, split, settings, data)
 
 
 class Search(NamedTuple):
-    """Where the search of each method starts, the axes that it may move along, and how many settings it ends with."""
+    """What the search of each method starts from, the axes that it may move along, and on how many seeds it ends."""
 
-    starts: dict[str, Settings]
+    starts: dict[str, list[Settings]]
     axes: dict[str, tuple[Axis, ...]]
-    num_finalists: int
+    seeds: tuple[int, ...]
 
 
 def tune(task: str, search: Search, folder: Path, num_processes: int) -> dict[str, dict[str, Any]]:
     """
     Settings of each method, by the mean@8 of validation problems; with all that was tried.
 
-    From the best learning rate, the search goes on to the neighbours on the grid, which differ in one setting, as long
+    From the best of its starts, the search goes on to the neighbours on the grid, which differ in one setting, as long
     as one of these is better.
     """
     groups = [
-        [job_of(task, TUNING_SEEDS[0], method, "validation", start | {"learning_rate": rate}) for rate in FIRST]
-        for method, start in search.starts.items()
+        [job_of(task, search.seeds[0], method, "validation", start) for start in starts]
+        for method, starts in search.starts.items()
     ]
     run_jobs([job for group in groups for job in group], folder, num_processes)
     for _ in range(MAX_ROUNDS):
         for group in groups:
             group += _neighbours(group, search.axes[group[0].method], folder)
         run_jobs([job for group in groups for job in group], folder, num_processes)
-    finals = [_finals(group, search.num_finalists, folder) for group in groups]
+    finals = [_finals(group, search.seeds, folder) for group in groups]
     run_jobs([job for jobs in finals for job in jobs], folder, num_processes)
     return {
         group[0].method: {
@@ -113,10 +118,10 @@ def _score(job: Job, folder: Path) -> float:
     return json.loads(job.path(folder).read_text())[f"mean@{K}"]
 
 
-def _finals(group: list[Job], number: int, folder: Path) -> list[Job]:
+def _finals(group: list[Job], seeds: tuple[int, ...], folder: Path) -> list[Job]:
     """The best settings of a search, on all tuning seeds."""
-    finalists = sorted(group, key=lambda job: _score(job, folder), reverse=True)[:number]
-    return [replace(job, seed=seed) for job in finalists for seed in TUNING_SEEDS]
+    finalists = sorted(group, key=lambda job: _score(job, folder), reverse=True)[:NUM_FINALISTS]
+    return [replace(job, seed=seed) for job in finalists for seed in seeds]
 
 
 def _most_reliable(jobs: list[Job], folder: Path) -> Settings:
@@ -170,12 +175,11 @@ def main() -> None:
         "problems": {"test": NUM_TEST, "validation": NUM_VALIDATION},
         "tasks": {},
     }
-    defaults = {method: {axis.name: axis.default for axis in axes} for method, axes in AXES.items()}
-    search, seeds = Search(defaults, AXES, NUM_FINALISTS["first task"]), given.seeds
+    search, seeds = Search({method: first_of(axes) for method, axes in AXES.items()}, AXES, TUNING_SEEDS), given.seeds
     for task in given.tasks:
         record["tasks"][task] = compare(task, search, seeds, given.output_dir, given.num_processes)
-        chosen = {method: found["chosen"] for method, found in record["tasks"][task]["tuning"].items()}
-        search, seeds = Search(chosen, RATES_ONLY, NUM_FINALISTS["later tasks"]), given.seeds[:NUM_SEEDS_LATER]
+        chosen = {method: [found["chosen"]] for method, found in record["tasks"][task]["tuning"].items()}
+        search, seeds = Search(chosen, RATES_ONLY, TUNING_SEEDS[:1]), given.seeds[:NUM_SEEDS_LATER]
         print(table(record["tasks"][task]))
         keep(record, "learning")
     write_between(REPOSITORY / "benchmarks" / "README.md", "learning", details(record))

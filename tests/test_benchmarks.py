@@ -240,19 +240,17 @@ def test_tuning_goes_on_to_better_neighbours(tmp_path, monkeypatch):
 
     monkeypatch.setattr(learning, "run_jobs", run_jobs)
     axes = (learning.RATE, learning.Axis("beta", betas, 0.1))
-    search = learning.Search({"dpo": {"learning_rate": 1e-4, "beta": 0.1}}, {"dpo": axes}, 4)
+    search = learning.Search({"dpo": learning.first_of(axes)}, {"dpo": axes}, learning.TUNING_SEEDS)
     found = learning.tune("arithmetic", search, tmp_path, 1)["dpo"]
     assert found["chosen"] == {"learning_rate": 2.5e-4, "beta": 1.0}
     assert len(found["finals"]) == 4 * len(learning.TUNING_SEEDS)
     tried = [tuple(result["settings"].items()) for result in found["tried"]]
     assert len(tried) == len(set(tried)) <= 5 + 4 * learning.MAX_ROUNDS
-    search = learning.Search({"dpo": found["chosen"]}, {"dpo": (learning.RATE,)}, 2)
+    search = learning.Search({"dpo": [found["chosen"] | {"learning_rate": 1e-4}]}, {"dpo": (learning.RATE,)}, (100,))
     again = learning.tune("word_problems", search, tmp_path, 1)["dpo"]
     assert again["chosen"] == found["chosen"]
-    assert [result["settings"] for result in again["tried"]] == [
-        found["chosen"] | {"learning_rate": rate} for rate in learning.FIRST
-    ]
-    assert len(again["finals"]) == 2 * len(learning.TUNING_SEEDS)
+    assert [result["settings"]["learning_rate"] for result in again["tried"]] == [1e-4, 4e-5, 2.5e-4, 6e-4]
+    assert {result["seed"] for result in again["finals"]} == {100}
 
 
 def test_tuning_takes_what_is_good_on_all_seeds(tmp_path):
@@ -266,7 +264,7 @@ def test_tuning_takes_what_is_good_on_all_seeds(tmp_path):
             jobs[-1].path(tmp_path).parent.mkdir(parents=True, exist_ok=True)
             jobs[-1].path(tmp_path).write_text(json.dumps({"mean@8": score}))
     assert learning._most_reliable(jobs, tmp_path) == {"learning_rate": 1e-4}
-    assert len(learning._finals(jobs[::3], 1, tmp_path)) == 3
+    assert len(learning._finals(jobs[::3], learning.TUNING_SEEDS, tmp_path)) == 6
 
 
 def task(**by_method: list[float]) -> dict:
