@@ -3,7 +3,7 @@
 #   make test            the default tests
 #   make test-min        the same with the oldest supported versions of trl, transformers, accelerate, datasets and peft
 #   make check           lint, format, types, spelling
-#   make bench           the measurements behind the README's tables, half a day
+#   make bench           the measurements behind the README's tables, about a day
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
@@ -36,6 +36,7 @@ check: $(READY)
 	$(BIN)/codespell
 
 bench: $(READY)
+	$(BIN)/python benchmarks/students.py
 	$(BIN)/python benchmarks/prefix_tree.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/sampling.py

@@ -173,19 +173,35 @@ def _values(candidates: Candidates, known: list[dict], bench: Bench, name: str) 
 
 
 def _saved(tokens: list[float], curves: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
-    """Share of the tokens of `monte_carlo` that `shrinkage` does without, at its own error at each number."""
+    """
+    Share of the tokens of `monte_carlo` that `shrinkage` does without, at its own error at each number. Where
+    `monte_carlo` does not come to this error, it is a bound: at least so many.
+    """
     saved = []
     for number, own, errors in zip(NUMBERS, tokens, curves["shrinkage"], strict=True):
-        shares = []
-        for draw, error in enumerate(errors):
-            curve = np.array([point[draw] for point in curves["monte_carlo"]])
-            needed = np.exp(np.interp(np.log(error), np.log(curve[::-1]), np.log(tokens[::-1])))
-            shares.append(1 - own / needed if curve[-1] <= error <= curve[0] else np.nan)
-        has_interval = np.isfinite(shares).mean() > 0.95
-        ends = np.nanquantile(shares, (0.025, 0.975)).tolist() if has_interval else None
-        share = shares[0] if np.isfinite(shares[0]) else None
-        saved.append({"num_completions": number, "share": share, "interval": ends})
+        needed = [
+            tokens_needed(error, tokens, [point[draw] for point in curves["monte_carlo"]])
+            for draw, error in enumerate(errors)
+        ]
+        shares = [1 - own / (tokens[-1] if each is None else each) for each in needed]
+        saved.append({"num_completions": number, "share": shares[0], "is_bound": needed[0] is None})
+        saved[-1]["interval"] = _ends(shares)
     return saved
+
+
+def tokens_needed(error: float, tokens: list[float], curve: list[float]) -> float | None:
+    """
+    Fewest tokens at which a curve has come down to an error, straight lines between its points in the logarithms; none
+    if it does not. An error above that of the first point needs so many tokens at most.
+    """
+    if error >= curve[0]:
+        return tokens[0]
+    below = [place for place, point in enumerate(curve) if point <= error]
+    if not below:
+        return None
+    ends = slice(below[0] - 1, below[0] + 1)
+    x, y = np.log(curve[ends])[::-1], np.log(tokens[ends])[::-1]
+    return float(np.exp(np.interp(np.log(error), x, y)))
 
 
 def _ends(draws: list[float]) -> list[float]:
@@ -195,12 +211,12 @@ def _ends(draws: list[float]) -> list[float]:
 # ---- Report ----
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], weighting: str) -> str:
     titles = ["completions of a state", "tokens a state", "Monte Carlo"]
     for critic in ("critic", "three larger critics", "critic of all runs"):
         titles += [critic, "shrinkage with it", "tokens that it saves at its error"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    demo, *others = (results[name]["points"]["drawn"] for name in ("demo", "larger", "pooled"))
+    demo, *others = (results[name]["points"][weighting] for name in ("demo", "larger", "pooled"))
     for row, number in enumerate(NUMBERS):
         cells = [f"{demo[name][row]['error']:.4f}" for name in STYLES] + [_share(demo["saved"][row])]
         for other in others:
@@ -211,16 +227,22 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _share(saved: dict[str, Any]) -> str:
-    if saved["share"] is None:
-        return "more than all curves have"
-    return f"{saved['share']:.0%}" + (" ({:.0%} to {:.0%})".format(*saved["interval"]) if saved["interval"] else "")
+    low, high = saved["interval"]
+    if saved["is_bound"]:
+        bound = f", {saved['share']:.0%} at least" if saved["share"] > 0 else ""
+        return f"not reached{bound}" + (f" ({low:.0%} and more)" if low < saved["share"] else "")
+    return f"{saved['share']:.0%} ({low:.0%} to {high:.0%})"
 
 
 def details(record: dict[str, Any]) -> str:
+    tables = {name: table(record["results"], name) for name in ("drawn", "unique")}
     return (
         f"{origin_in_words(record)} Mean "
-        "squared error of candidates' values on 40 problems, each as often as it was drawn; means over "
-        f"{record['results']['demo']['critics']} critics.\n\n{table(record['results'])}"
+        "squared error of candidates' values on 40 problems; means over "
+        f'{record["results"]["demo"]["critics"]} critics. "Not reached": Monte Carlo with '
+        f"{NUMBERS[-1]} completions has a larger error; at least the rest of its tokens is saved.\n\n"
+        f"Each candidate as often as it was drawn (`duplicate_weights: counts`, as in the demo):\n\n{tables['drawn']}"
+        f"\n\nEach candidate once (`uniform`, as in the paper):\n\n{tables['unique']}"
     )
 
 
@@ -272,7 +294,7 @@ def main() -> None:
     keep(record, "estimators")
     draw(record["results"], REPOSITORY / "docs" / "images" / "estimators.png")
     write_between(REPOSITORY / "benchmarks" / "README.md", "estimators", details(record))
-    print(table(record["results"]))
+    print(details(record))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@ The gate before the policy, over ten seeds of a task: which critics does it refu
 
     python benchmarks/gate.py [--task arithmetic] [--seeds 0 1 2 3 4 5 6 7 8 9] [--output_dir runs/bench]
 
-Each run is `dapo-trl score` with the task's recipe, `--values critic` and a seed, which goes through the gate without
-an override; where `demo.py` has left a run of the seed, it is taken. What is measured is kept in `gate.json` of the
-run, and is not measured again. Of each critic, broken ones are made, value the held-out rows with `predict_values`, and
-go through the same gate:
+Each run is `dapo-trl score` with the task's recipe, `--values critic` and a seed; where `demo.py` has left a run of the
+seed, it is taken. What is measured is kept in `gate.json` of the run, and is not measured again. Of each critic, broken
+ones are made, and value the held-out rows with `predict_values`. Then all of them go through the gate, which stops
+nothing here, so that a working critic that it refuses is counted as one:
 
 - constant: head weights of 0, its bias the logit of the mean outcome of the training problems;
 - inverted: the head negated;
@@ -18,8 +18,9 @@ Beside these stand three critics that begin with a larger model, whose mean valu
 samples.
 
 Then `dapo-trl diagnose ... --num_completions 64` draws 64 fresh completions of every held-out state and candidate, for
-a better truth. Writes `benchmarks/results/gate.json` (of other tasks `gate-TASK.json`) and the tables between the marks
-of `benchmarks/README.md`. A quarter of an hour on one CPU core if all critics of the demo are to be trained.
+a better truth. On the demo's task, the first five seeds also have three larger critics of four times the problems, with
+samples of their own (`RUN-more`), for what data are worth to a critic. Writes `benchmarks/results/gate.json` (of other
+tasks `gate-TASK.json`) and the tables between the marks of `benchmarks/README.md`. Three hours on two CPU cores.
 """
 
 import argparse
@@ -53,6 +54,8 @@ NUM_COMPLETIONS = 64
 LARGER = "three larger, their mean"
 WORKING = {"working": "The working critics", LARGER: "The means of three critics that begin with a larger model"}
 KINDS = (*WORKING, "constant", "inverted", "untrained", "fresh head")
+MORE, NUM_SEEDS_MORE, NUM_PROBLEMS_MORE = 4, 5, 70  # times the problems; how many of the held-out ones are measured
+REFUSE_NOTHING = ("--allow_unfit_critic", "true")  # who is refused is asked afterwards
 KEPT = ("num_problems", "num_states", "num_pairs", "num_clear_pairs", "pairs_by_difference")
 MEASURES = {
     "skill": "skill",
@@ -133,7 +136,7 @@ def is_refused(found: dict, folder: Path) -> bool:
 
 def measure(task: Task, seed: int, folder: Path) -> dict:
     """All kinds of critics of a seed: whether they are refused, and how good they are."""
-    command("score", task, seed, folder)
+    command("score", task, seed, folder, *REFUSE_NOTHING)
     command("diagnose", task, seed, folder, "--num_completions", str(NUM_COMPLETIONS))
     counts, rows = fresh_counts(folder), rows_of(folder)
     found = {}
@@ -157,7 +160,7 @@ def score_by_larger(task: Task, seed: int, folder: Path) -> Path:
     larger = folder.with_name(f"{folder.name}-larger")
     for stage in ("sampled", "values"):
         shutil.copytree(folder / stage, larger / stage, dirs_exist_ok=True)
-    command("score", task, seed, larger, *larger_critics(task))
+    command("score", task, seed, larger, *REFUSE_NOTHING, *larger_critics(task))
     return larger
 
 
@@ -167,6 +170,19 @@ def measure_once(task: Task, seed: int, folder: Path) -> dict:
     if not path.exists() or set(json.loads(path.read_text())) != set(KINDS):
         write_atomically(path, json.dumps(measure(task, seed, folder), indent=2))
     return json.loads(path.read_text())
+
+
+def measure_more(task: Task, seed: int, folder: Path) -> dict:
+    """Three larger critics of more problems, against fresh completions."""
+    more = folder.with_name(f"{folder.name}-more")
+    found = more / "diagnosis" / f"{NUM_COMPLETIONS}-completions-{NUM_PROBLEMS_MORE}-problems" / "diagnosis.json"
+    if not found.exists():
+        options = ("--num_train_problems", str(MORE * task.settings["num_train_problems"]), *larger_critics(task))
+        command("score", task, seed, more, *REFUSE_NOTHING, *options)
+        measured = ("--num_completions", str(NUM_COMPLETIONS), "--max_problems", str(NUM_PROBLEMS_MORE))
+        command("diagnose", task, seed, more, *measured, *REFUSE_NOTHING, *options)
+    known = json.loads(found.read_text())
+    return {"more": {"fresh": {name: known[name] for name in ("measures", *KEPT)}}}
 
 
 def by_frequency(folders: list[Path]) -> dict[str, dict]:
@@ -258,6 +274,12 @@ def details(results: dict) -> str:
             f"{NUM_COMPLETIONS} fresh completions of every state and candidate:\n\n"
             f"{working_table(runs, kind, 'fresh')}\n\n"
         )
+    if more := results.get("more"):
+        text += (
+            f"The means of three critics that begin with a larger model, of {MORE} times the problems, by "
+            f"{NUM_COMPLETIONS} fresh completions of the states and candidates of {NUM_PROBLEMS_MORE} of the held-out "
+            f"ones:\n\n{working_table(more, 'more', 'fresh')}\n\n"
+        )
     return (
         f"{text}Of these pairs, all seeds together, the run has drawn both next steps four times at least in "
         f"{frequent['pairs']:,}, of which {frequent['ranking']:.0%} are ordered right by the working critics; of the "
@@ -280,6 +302,9 @@ def main() -> None:
         "runs": {seed: measure_once(task, int(seed), folder) for seed, folder in folders.items()},
         "by_frequency": by_frequency(list(folders.values())),
     }
+    if not suffix:
+        few = list(folders.items())[:NUM_SEEDS_MORE]
+        results["more"] = {seed: measure_more(task, int(seed), folder) for seed, folder in few}
     keep(results, f"gate{suffix}")
     write_between(REPOSITORY / "benchmarks" / "README.md", f"gate{suffix}", details(results))
     print(details(results))

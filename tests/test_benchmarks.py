@@ -10,7 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 from conftest import REPOSITORY
 
@@ -22,7 +24,8 @@ import learning_report as report
 
 
 END = 1
-MARKS = {  # in benchmarks/README.md, of the scripts that have written between them
+MARKS = {  # in the documents, of the scripts that have written between them
+    "students": "students",
     "prefix tree": "prefix_tree",
     "scale": "scale",
     "sampling": "sampling",
@@ -44,7 +47,8 @@ def test_documents_say_what_was_measured(mark):
     module = importlib.import_module(MARKS[mark])
     name = "values" if mark == "values" else MARKS[mark]
     record = json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text())
-    text = (REPOSITORY / "benchmarks" / "README.md").read_text()
+    place = REPOSITORY / ("examples/student" if mark == "students" else "benchmarks") / "README.md"
+    text = place.read_text()
     assert f"<!-- {mark} -->\n\n{module.details(record)}\n\n<!-- /{mark} -->" in text
 
 
@@ -195,6 +199,95 @@ def test_ablations_change_one_setting(tmp_path):
             assert changed | {name.strip("-") for name in job.data[::2]} == {ablation.name}
             own_samples |= {ablation.name} if learning_jobs.data_of(job, tmp_path).has_own_samples else set()
     assert own_samples == {"num_completions", "num_kept", "num_train_problems"}
+
+
+@pytest.fixture
+def critic_run(tmp_path):
+    """A run with a critic, whose problems have 6 right of 8 completions where they are not held out, and a student."""
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=16, num_labels=1, **size)
+    LlamaForTokenClassification(config).save_pretrained(tmp_path / "critic")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "student")
+    (tmp_path / "data").mkdir()
+    rows = [
+        {"problem_id": str(n), "mc_successes": [0.0, 0.0] if n == 0 else [2.0, 4.0], "mc_rollouts": [4, 4]}
+        for n in range(10)
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "solutions_critic.parquet")
+    return tmp_path
+
+
+def test_broken_critics_are_made_of_the_working_one(critic_run):
+    """The constant is the mean outcome of the problems that the critic was trained on: 6 of 8."""
+    import gate
+
+    made = {kind: gate.make_critic(kind, critic_run / "student", critic_run, 0) for kind in gate.KINDS[2:]}
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        logits = {kind: model.eval()(input_ids=ids).logits[0, :, 0] for kind, model in made.items()}
+        working = LlamaForTokenClassification.from_pretrained(critic_run / "critic").eval()
+        known = working(input_ids=ids).logits[0, :, 0]
+    torch.testing.assert_close(logits["constant"].sigmoid(), torch.full((6,), 0.75))
+    torch.testing.assert_close(logits["inverted"], -known)
+    assert not torch.allclose(logits["fresh head"], known)
+    backbone = working.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(made["fresh head"].model.layers[0].mlp.up_proj.weight, backbone)
+    assert not torch.equal(made["untrained"].model.layers[0].mlp.up_proj.weight, backbone)
+
+
+def test_frequent_and_rare_pairs_by_hand(tmp_path, monkeypatch):
+    """
+    The run has drawn the first two next steps five times, the third once. Fresh completions put the first ahead of the
+    second, as the critic does, and of the third, as it does not; the second and the third are too near each other.
+    """
+    import gate
+
+    own = {"mc_rollouts": [5, 5, 1], "rewards": [None, None, None], "critic_values": [0.6, 0.4, 0.7]}
+    fresh = own | {"mc_successes": [9, 4, 3], "mc_rollouts": [10, 10, 10]}
+    monkeypatch.setattr(gate, "held_out_rows", lambda *_: ([], [own]))
+    monkeypatch.setattr(gate, "fresh_counts", lambda folder: {})
+    monkeypatch.setattr(gate, "with_counts", lambda *_: ([], [fresh]))
+    found = gate.by_frequency([tmp_path])
+    assert found == {"frequent": {"pairs": 1, "ranking": 1.0}, "rare": {"pairs": 1, "ranking": 0.0}}
+
+
+def test_a_working_critic_that_is_refused_is_counted(tmp_path, monkeypatch):
+    """Runs of the benchmark go on with it; what the gate says is asked afterwards."""
+    import gate
+
+    said = []
+    monkeypatch.setattr(gate, "command", lambda name, task, seed, folder, *options: said.append((name, options)))
+    monkeypatch.setattr(gate.shutil, "copytree", lambda *args, **kwargs: None)
+    gate.score_by_larger(learning_jobs.TASKS["arithmetic"], 0, tmp_path)
+    assert said[0][0] == "score" and said[0][1][:2] == ("--allow_unfit_critic", "true")
+    assert gate.is_refused({"is_fit": False, "verdict": "Do not use it.", "measures": {}}, tmp_path)
+    assert not gate.is_refused({"is_fit": True}, tmp_path)
+
+
+def test_tokens_needed_by_hand():
+    """Half way between two points in the logarithms; where the curve rises again; where it never comes down so far."""
+    from estimators import tokens_needed
+
+    assert tokens_needed(0.02, [10, 40], [0.04, 0.01]) == pytest.approx(20)
+    assert tokens_needed(0.01, [10, 40], [0.04, 0.01]) == pytest.approx(40)
+    assert tokens_needed(0.02, [10, 40, 80, 160], [0.04, 0.01, 0.03, 0.01]) == pytest.approx(20)
+    assert tokens_needed(0.005, [10, 40], [0.04, 0.01]) is None
+    assert tokens_needed(0.05, [10, 40], [0.04, 0.01]) == 10
+
+
+def test_tokens_saved_by_hand(monkeypatch):
+    """
+    Shrinkage is at 10 tokens where Monte Carlo is at 20, which saves half; at 40 its error is one that Monte Carlo does
+    not come to. In a second draw Monte Carlo does not come to the first error either: 10 of 40 at most.
+    """
+    import estimators
+
+    monkeypatch.setattr(estimators, "NUMBERS", (2, 8))
+    curves = {"monte_carlo": [[0.04, 0.04], [0.01, 0.03]], "shrinkage": [[0.02, 0.02], [0.005, 0.01]]}
+    first, last = estimators._saved([10.0, 40.0], curves)
+    assert (first["share"], first["is_bound"]) == (pytest.approx(0.5), False)
+    assert first["interval"] == pytest.approx([0.50625, 0.74375])
+    assert (last["share"], last["is_bound"]) == (0.0, True)
 
 
 def test_a_job_is_told_from_every_other(tmp_path):

@@ -69,9 +69,9 @@ def test_perfect():
     found = measured(perfect)
     assert found.is_fit
     assert found.verdict == "The critic knows something about problems that it has not seen."
-    for name in ("skill", "depth_skill", "brier_skill"):
+    for name in ("skill", "depth_skill", "brier_skill", "depth_brier_skill"):
         assert found.measures[name].low > 0.2
-    assert found.measures["calibration_error"].mean < 0.05
+    assert found.measures["calibration_error"].mean < 0.02
     assert found.measures["rank_correlation"].mean > 0.9
     assert found.measures["sibling_ranking"].mean > 0.95
     assert found.measures["advantage_correlation"].mean > 0.9
@@ -107,7 +107,8 @@ def test_depth_alone():
         solutions.append({"problem_id": str(problem), "completions": ["a", "b"], "reward": reward} | counted)
     found = diagnose(solutions, num_resamples=100)
     assert found.measures["skill"].low > 0.4
-    assert found.measures["depth_skill"].mean == pytest.approx(0, abs=0.02)
+    for name in ("depth_skill", "depth_brier_skill"):
+        assert found.measures[name].mean == pytest.approx(0, abs=0.02)
     assert found.verdict == "The critic knows how far along a solution is, and little more: do not use it."
     assert not found.is_fit
     assert "sibling_ranking" not in found.measures
@@ -145,7 +146,19 @@ def test_overconfident():
     found = measured(lambda value, depth, rng: float(0.999 if value > 0.4 else 0.001))
     assert found.measures["skill"].mean < 0
     assert not found.is_fit
-    assert "Its values are far off on average, though they order next steps better than chance." in found.verdict
+    assert "more than 0.1 off on average, though they order next steps better than chance." in found.verdict
+
+
+def test_far_off():
+    """Skilled and in order, but all values are too high by 0.2: refused for that alone, given problems enough."""
+    found = measured(lambda value, depth, rng: float(np.clip(value + 0.2, 0.01, 0.99)))
+    assert found.measures["skill"].low > MIN_SKILL
+    assert found.tells_apart and found.is_far_off and not found.is_fit
+    assert found.verdict.startswith("The critic tells states apart, but its values are no probabilities of success")
+    assert "though they order next steps better than chance." in found.verdict
+    few = measured(lambda value, depth, rng: float(np.clip(value + 0.2, 0.01, 0.99)), num_problems=6)
+    assert few.measures["calibration_error"].low > 0.1
+    assert few.is_fit
 
 
 def test_nothing_to_know():
@@ -232,11 +245,20 @@ def test_the_figure_stops_nothing(tmp_path, caplog):
 
 
 def test_intervals_cover():
-    """Of twenty worlds, at most three intervals miss what a very large one says."""
-    truth = measured(noisy, num_problems=3000, seed=1000).measures
-    for name in ("skill", "sibling_ranking"):
-        found = [measured(noisy, seed=seed).measures[name] for seed in range(20)]
-        assert sum(not each.low <= truth[name].mean <= each.high for each in found) <= 3
+    """Of twenty worlds, at most three intervals miss what a very large one says; the mean of twenty is near it."""
+    truth = diagnose(*world(noisy, num_problems=3000, seed=1000), num_resamples=2).measures
+    found = [measured(noisy, seed=seed).measures for seed in range(20)]
+    for name in ("skill", "sibling_ranking", "calibration_error"):
+        estimates = [measures[name] for measures in found]
+        assert sum(not each.low <= truth[name].mean <= each.high for each in estimates) <= 3
+        assert np.mean([each.mean for each in estimates]) == pytest.approx(truth[name].mean, rel=0.1)
+
+
+def test_calibrated():
+    """Noise alone makes the plain calibration error of a perfect critic 0.01 and more."""
+    found = [measured(perfect, seed=seed).measures["calibration_error"] for seed in range(20)]
+    assert np.mean([each.mean for each in found]) < 0.008
+    assert all(each.low <= each.mean <= each.high and each.low < 0.01 for each in found)
 
 
 def test_few_problems_are_not_enough_to_be_sure():

@@ -645,7 +645,7 @@ def test_without_scripts(browser, report, tmp_path):
 
 
 def test_light_and_dark(browser, report, tmp_path):
-    """Grounds are those of the style sheet; the other values give other colours; nothing is wider than a phone."""
+    """Grounds are those of the style sheet; the other values give other colours."""
     dark = "--blink-settings=preferredColorScheme=0"
     pictures = {}
     for name, options, place in (

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dapo_trl.callbacks import AccuracyCallback, SolutionTableCallback
     from dapo_trl.dapo_config import DAPOConfig
     from dapo_trl.dapo_trainer import DAPOTrainer
+    from dapo_trl.diagnosis import diagnose
     from dapo_trl.engines import SamplingConfig
     from dapo_trl.engines.openai import OpenAIEngine
     from dapo_trl.engines.transformers import TransformersEngine
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dapo_trl.formats import check_dataset
     from dapo_trl.losses import critic_loss, dapo_loss
     from dapo_trl.rollouts import RolloutConfig, collect_rollouts
+    from dapo_trl.run_folder import held_out_problems
     from dapo_trl.stages import sample_stage, value_stage
     from dapo_trl.step_critic_config import StepCriticConfig
     from dapo_trl.step_critic_trainer import StepCriticTrainer
@@ -47,7 +49,9 @@ _MODULE_OF_NAME = {
     "collect_rollouts": "rollouts",
     "critic_loss": "losses",
     "dapo_loss": "losses",
+    "diagnose": "diagnosis",
     "evaluate_policy": "evaluation",
+    "held_out_problems": "run_folder",
     "math_reward": "verifiers.math",
     "sample_stage": "stages",
     "sibling_advantages": "advantages",
@@ -75,7 +79,9 @@ __all__ = [
     "collect_rollouts",
     "critic_loss",
     "dapo_loss",
+    "diagnose",
     "evaluate_policy",
+    "held_out_problems",
     "math_reward",
     "sample_stage",
     "sibling_advantages",

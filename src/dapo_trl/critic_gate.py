@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dapo_trl.diagnosing import describe
-from dapo_trl.diagnosis import ENOUGH_PROBLEMS, MIN_SKILL
+from dapo_trl.diagnosis import ENOUGH_PROBLEMS, MAX_CALIBRATION_ERROR, MIN_SKILL
 from dapo_trl.run_folder import critic_folders
 
 
 _NEEDED = (
     f"A fit critic has a skill above {MIN_SKILL:.0%}, and advantages that correlate with those of the outcomes, beyond "
-    f"doubt if there are {ENOUGH_PROBLEMS} problems or more."
+    f"doubt if there are {ENOUGH_PROBLEMS} problems or more; of so many, its values are not for certain more than "
+    f"{MAX_CALIBRATION_ERROR:g} off on average."
 )
 _CURES = (
     "Try more data (`num_train_problems`, `num_completions`) in another `output_dir`; or another base model "

@@ -23,6 +23,7 @@ MEASURES = {
     "skill": "skill: 1 - BCE / BCE of the best constant",
     "depth_skill": "the same, against a constant for each number of steps",
     "brier_skill": "1 - Brier score / that of the best constant",
+    "depth_brier_skill": "the same, against a constant for each number of steps",
     "calibration_error": "calibration error",
     "rank_correlation": "rank correlation with the mean outcomes",
     "advantage_correlation": "correlation of advantages with those of the mean outcomes",
@@ -33,6 +34,7 @@ MEASURES = {
 }
 _COLUMNS = ("problem_id", "mc_successes", "mc_rollouts", "critic_values")
 _CURE = "Delete it to measure the critic again"
+_RULES = 2  # of what is measured, and of who is fit: what was found by others is found anew
 
 
 def scored_folder(folder: Path) -> Path:
@@ -109,13 +111,17 @@ def diagnose_run(folder: Path) -> Diagnosis:
 
 
 def _keep(found: Row, data: Path) -> None:
-    """Keep what was found, with the rows that it was found on."""
-    write_atomically(data / "diagnosis.json", dump_json(found | {"scored": scored_config(data)}))
+    """Keep what was found, with the rows that it was found on, and by which rules."""
+    write_atomically(data / "diagnosis.json", dump_json(found | _basis(data)))
+
+
+def _basis(data: Path) -> Row:
+    return {"scored": scored_config(data), "rules": _RULES}
 
 
 def diagnose_once(data: Path, is_main: bool = True) -> Row:
     """
-    What [`diagnose_run`] keeps, measured anew only if the rows were scored anew.
+    What [`diagnose_run`] keeps, measured anew only if the rows were scored anew, or by other rules.
 
     Args:
         data (`Path`):
@@ -133,8 +139,8 @@ def diagnose_once(data: Path, is_main: bool = True) -> Row:
     path = data / "diagnosis.json"
     if path.exists():
         known = read_json(path, ("measures",), _CURE)
-        is_known = "scored" in known  # earlier versions did not say which rows they measured
-        if is_known and known.pop("scored") == scored_config(data):
+        basis = {name: known.pop(name, None) for name in ("scored", "rules")}  # earlier versions did not say
+        if basis == _basis(data):
             return known
     solutions, states = held_out_rows(data)
     try:
@@ -207,6 +213,7 @@ def describe(found: Mapping[str, Any]) -> str:
         "skill": "skill {}",
         "advantage_correlation": "correlation of advantages with those of the mean outcomes {}",
         "sibling_ranking": f"{{}} of {found['num_pairs']:,} pairs of next steps ordered right",
+        "calibration_error": "calibration error {}",
     }
     parts = [
         text.format(_interval(found["measures"][name])) for name, text in shown.items() if name in found["measures"]

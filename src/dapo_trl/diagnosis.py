@@ -4,9 +4,10 @@ and a verdict in words.
 
 States of a problem are alike, so that problems are drawn anew, never states. S states, P problems, Q pairs of siblings.
 
-A critic is fit to train on if its skill is above 5% (`MIN_SKILL`), and its advantages go with those of the outcomes.
-Skill alone is not enough: most of it may come from telling easy problems from hard ones, which cancels out between the
-next steps of one state. See `docs/metrics.md`.
+A critic is fit to train on if its skill is above 5% (`MIN_SKILL`), its advantages go with those of the outcomes, and
+its values are not more than 0.1 (`MAX_CALIBRATION_ERROR`) off on average. Skill alone is not enough: most of it may
+come from telling easy problems from hard ones, which cancels out between the next steps of one state. See
+`docs/metrics.md`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from dapo_trl.sibling_agreement import DIFFERENCES, SiblingAgreement
 # Distances from the end, in steps, that are told apart; the last one and all beyond are one.
 _DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16)
 _CHANCE = 0.5
+_DISTANCES_FROM_TRUTH = {("", "calibration_error")}  # measures that noise makes larger
 _NUM_BINS = 10  # of values, for their calibration
 
 
@@ -31,6 +33,7 @@ class TooFewProblemsError(ValueError):
 
 
 MIN_SKILL = 0.05  # of a critic that is of use, see docs/metrics.md
+MAX_CALIBRATION_ERROR = 0.1  # as large as the smallest gap of advantages that the paper trains on
 ENOUGH_PROBLEMS = 10  # to ask for an interval without 0: of fewer, bootstrap intervals cannot be relied on
 
 
@@ -68,7 +71,8 @@ class Diagnosis:
             - `skill`: 1 - BCE / BCE of the best constant;
             - `depth_skill`: the same against the best constant of each number of steps taken;
             - `brier_skill`: 1 - Brier score / that of the best constant;
-            - `calibration_error`: expected calibration error over ten bins;
+            - `depth_brier_skill`: the same against the best constant of each number of steps taken;
+            - `calibration_error`: expected calibration error over ten bins, less what the noise of the outcomes adds;
             - `rank_correlation`: Spearman's, with the mean outcomes;
             - `advantage_correlation`: correlation of the critic's advantages of next steps with those of the mean
               outcomes, weighted by rollouts; 0 is chance, and the noise of the outcomes keeps it below 1;
@@ -105,11 +109,12 @@ class Diagnosis:
     @property
     def is_fit(self) -> bool:
         """
-        Whether a policy should be trained on its values: there is skill, and it tells next steps apart.
+        Whether a policy should be trained on its values: there is skill, it tells next steps apart, and the values are
+        about as large as the outcomes.
 
         All outcomes alike, there is nothing to be skilled at, and nothing to learn.
         """
-        return self.has_skill and self.tells_apart
+        return self.has_skill and self.tells_apart and not self.is_far_off
 
     @property
     def has_skill(self) -> bool:
@@ -129,14 +134,21 @@ class Diagnosis:
         return (found.low if self.num_sibling_problems >= ENOUGH_PROBLEMS else found.mean) > 0
 
     @property
+    def is_far_off(self) -> bool:
+        """Whether its values are more than 0.1 off on average, beyond doubt; of few problems that cannot be said."""
+        if self.num_problems < ENOUGH_PROBLEMS:
+            return False
+        return self.measures["calibration_error"].low > MAX_CALIBRATION_ERROR
+
+    @property
     def verdict(self) -> str:
         """What that means, in words."""
         if "skill" not in self.measures:
             return "All outcomes are alike: there is nothing that a critic could know. Do not use it."
         skill = self.measures["skill"]
         text = self._praise(skill) if self.is_fit else self._refusal(skill)
-        if self.measures["calibration_error"].mean > max(2 * skill.mean, 0.1):
-            text += " Its values are far off on average"
+        if self.is_far_off:
+            text += f" Its values are more than {MAX_CALIBRATION_ERROR:g} off on average"
             is_sure = self.tells_apart and self.num_sibling_problems >= ENOUGH_PROBLEMS
             text += ", though they order next steps better than chance." if is_sure else "."
         return text
@@ -144,6 +156,8 @@ class Diagnosis:
     def _refusal(self, skill: Estimate) -> str:
         if skill.high < 0:
             return "The critic is worse than saying the same of every state: do not use it."
+        if self.has_skill and self.tells_apart:
+            return "The critic tells states apart, but its values are no probabilities of success: do not use it."
         if self.has_skill and "advantage_correlation" not in self.measures:
             return "The critic knows how far along a solution is, and little more: do not use it."
         if self.has_skill:
@@ -223,7 +237,8 @@ def diagnose(
     groups: dict[str, dict[str, Estimate]] = {"": {}, "distance": {}, "difference": {}, "bin": {}}
     for key, value in point.items():
         if np.isfinite(value):
-            groups[key[0]][key[1]] = Estimate.from_draws(value, draws[key])
+            make = Estimate.from_biased_draws if key in _DISTANCES_FROM_TRUTH else Estimate.from_draws
+            groups[key[0]][key[1]] = make(value, draws[key])
     siblings = sample.siblings
     return Diagnosis(
         num_problems=sample.num_problems,
@@ -290,10 +305,12 @@ class _Sample:
         by_depth = np.bincount(self.depths, w_S * self.targets) / np.maximum(np.bincount(self.depths, w_S), 1e-12)
         spread = self.targets * (1 - self.targets)
         brier = np.average((self.values - self.targets) ** 2 + spread, weights=w_S)
+        brier_by_depth = np.average((by_depth[self.depths] - self.targets) ** 2 + spread, weights=w_S)
         found = {
             "skill": self._skill(w_S, np.full_like(self.values, mean)),
             "depth_skill": self._skill(w_S, by_depth[self.depths]),
             "brier_skill": _share_saved(brier, mean * (1 - mean)),
+            "depth_brier_skill": _share_saved(brier, brier_by_depth),
             "calibration_error": expected_calibration_error(self.values, self.targets, w_S),
             "rank_correlation": rank_correlation(self.values, self.targets, weights_P[self.problems]),
             "terminal_bias": _mean(self.ends, weights_P),
