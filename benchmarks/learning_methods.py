@@ -126,14 +126,20 @@ def train_policy(source: str, data: Data, settings: dict[str, Any]) -> Trained:
     return train(DAPOTrainer, DAPOConfig, data, rows, data.tokens, **policy)
 
 
+def train_as_in_the_paper(data: Data, settings: dict[str, Any]) -> Trained:
+    """The mean over pairs, duplicates removed, and no states where there is nothing to compare."""
+    return train_policy("critic", data, settings | {"reduction": "pairs", "anchor_states": False})
+
+
 def train_twice(source: str, data: Data, settings: dict[str, Any]) -> Trained:
-    """Two iterations on half the problems, so that both together generate as many tokens."""
+    """Two iterations on half the problems each; settings may have another number of solutions of a problem."""
     names = "-".join(f"{name}={value}" for name, value in sorted(settings.items()))
     folder = data.folder / f"two-{source}-{names}"
     half = str(data.task.settings["num_train_problems"] // 2)
     given = ["--values", source, "--iterations", "2", "--num_train_problems", half, "--num_test_problems", "8"]
     given += ["--allow_unfit_critic", "true"]  # as for one iteration
-    given += [word for name, value in settings.items() for word in (f"--policy.{name}", str(value))]
+    for name, value in settings.items():
+        given += [f"--{name}" if name == "num_solutions" else f"--policy.{name}", str(value)]
     dapo_trl("run", data.task, data.seed, folder, *given)
     last = folder / "iteration-2"
     tokens = sum(
@@ -307,6 +313,7 @@ METHODS = {
     "kto": train_on_labels,
     "grpo": train_online,
     **{source: (lambda data, settings, source=source: train_policy(source, data, settings)) for source in SOURCES},
+    "paper": train_as_in_the_paper,
     "larger_critics": lambda data, settings: train_policy("critic", data, settings),  # the data have their values
     **{
         f"{source}_2": (lambda data, settings, source=source: train_twice(source, data, settings)) for source in SOURCES

@@ -22,6 +22,7 @@ TITLES = {
     "grpo": 'GRPO, `loss_type="dapo"` (online)',
     "larger_critics": "this method, three larger critics",
     "critic": "this method, critic",
+    "paper": "this method, critic, loss as in the paper",
     "shrinkage": "this method, shrinkage",
     "monte_carlo": "this method, Monte Carlo",
     "critic_2": "this method, critic, two iterations",
