@@ -1,6 +1,7 @@
 # Each target does its own set-up: a virtual environment with the versions of constraints.txt. Nothing else is needed.
 #   make demo [SEED=n]   train the tiny student, about two minutes on two CPU cores
 #   make test            the default tests
+#   make test-slow       more variants of some, six minutes
 #   make test-min        the same with the oldest supported versions of trl, transformers, accelerate, datasets and peft
 #   make check           lint, format, types, spelling
 #   make bench           the measurements behind the README's tables, about a day
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help demo test test-min check bench clean
+.PHONY: help demo test test-slow test-min check bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -22,6 +23,9 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 test-min: tests/minimum_versions.py setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)-min

@@ -33,6 +33,11 @@ SAMPLE = [  # texts with lines, indentation and characters of several bytes
 ]
 
 
+def slow(*values, **options):
+    """Parameters of a variant that the default tests leave to `make test-slow`: its siblings are among them."""
+    return pytest.param(*values, marks=pytest.mark.slow, **options)
+
+
 def make_tokenizer(chat_template: str | None = None, **special_tokens: str | None):
     """A byte-level tokenizer without merges: any text goes in and comes out unchanged."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

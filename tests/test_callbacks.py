@@ -24,6 +24,7 @@ from conftest import (
     make_policy,
     random_solution_rows,
     random_state_rows,
+    slow,
 )
 from dapo_trl import (
     AccuracyCallback,
@@ -276,7 +277,7 @@ Path(sys.argv[1], f"found-{trainer.accelerator.process_index}.json").write_text(
 """
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3], ids=["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("stage", [slow(0, id="ddp"), slow(2, id="zero2"), pytest.param(3, id="zero3")])
 def test_two_processes(tmp_path, stage):
     """Three problems on two processes: both log what one process measures, also of weights that ZeRO-3 sharded."""
     if stage:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import REPOSITORY, make_policy, make_tokenizer
+from conftest import REPOSITORY, make_policy, make_tokenizer, slow
 from distributed import RESUMED, RUNS, make_trainer
 
 
@@ -101,7 +101,7 @@ def changed(one: dict, other: dict) -> set[str]:
     return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["ddp", slow("zero2"), "zero3", "fsdp2"])
 def test_two_processes_equal_one(tmp_path, model, alone, mode):
     """
     Losses, gradient norms and evaluation of every run, and the logits of what it saved. The split differs in every way:
@@ -160,7 +160,7 @@ def test_every_step_can_be_gone_on_from(tmp_path, model, run):
         assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize(("mode", "run"), [(None, "policy"), ("zero2", "policy"), ("zero2", "critic-lora")])
+@pytest.mark.parametrize(("mode", "run"), [(None, "policy"), slow("zero2", "policy"), ("zero2", "critic-lora")])
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, model, mode, run):
     """Killed without warning after a step, all processes at once, and gone on with by the same command."""
     arguments = ["--save", "--dropout", "--runs", run]

@@ -19,7 +19,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from commands import ENVIRONMENT, TIMEOUT
-from conftest import REPOSITORY, STUDENT
+from conftest import REPOSITORY, STUDENT, slow
 from dapo_trl import StepCriticConfig, StepCriticTrainer
 from dapo_trl.critics import solution_metrics
 from dapo_trl.intervals import Estimate
@@ -467,8 +467,15 @@ SERVED = ("--engine", "openai", "--server_urls", "http://nowhere:1")
 ADAPTERS = ("--use_peft", "--lora_target_modules", "all-linear")
 
 
-@pytest.mark.parametrize("options", [(), ADAPTERS], ids=["full", "adapters"])
-@pytest.mark.parametrize("environment", [{}, ZERO2], ids=["ddp", "zero2"])
+@pytest.mark.parametrize(
+    ("environment", "options"),
+    [
+        pytest.param({}, (), id="ddp-full"),
+        slow({}, ADAPTERS, id="ddp-adapters"),
+        slow(ZERO2, (), id="zero2-full"),
+        pytest.param(ZERO2, ADAPTERS, id="zero2-adapters"),
+    ],
+)
 def test_two_processes_train(commands, tmp_path, again, environment, options):
     """From the values on, both find the same results. Adapters are merged for the stages that follow."""
     for name in ("critic", "data", "policy", "policy_monte_carlo"):
@@ -502,7 +509,7 @@ def test_models_in_parts_are_refused(commands, tmp_path, environment, arguments,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [slow(0), 1])
 def test_one_of_two_processes_is_killed(commands, tmp_path, whole, victim):
     """The launch ends with an error, also if the other one waits; the same command finishes."""
     folder = tmp_path / "run"
