@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from learning_jobs import STUDENTS, TASKS, Job, data_of, run_jobs
+from learning_jobs import CRITIC_SHARE, STUDENTS, TASKS, Job, data_of, run_jobs
 from learning_report import METRICS, spread
 from recording import REPOSITORY, command_line, keep, origin, origin_in_words, write_between
 
@@ -58,7 +58,7 @@ class Ablation:
         settings = {name: POLICY[name] for name in ("learning_rate", "beta", "num_train_epochs")}
         data: tuple[str, ...] = ()
         if value != self.default and self.is_of_data:
-            data = (f"--{self.name}", str(value))
+            data = (self.name if self.name == CRITIC_SHARE else f"--{self.name}", str(value))
         elif value != self.default:
             settings[self.name] = value
         return Job(TASK, seed, "critic", "validation", settings, data)
@@ -78,6 +78,7 @@ ABLATIONS = (
     ),
     Ablation("solutions kept of a problem", "num_kept", (2, 4, 8), RECIPE["num_kept"], is_of_data=True),
     Ablation("problems", "num_train_problems", (175, 350, 700, 1400), RECIPE["num_train_problems"], is_of_data=True),
+    Ablation("share of the problems that the critic learns from", CRITIC_SHARE, (0.25, 0.5, 1.0), 1.0, is_of_data=True),
     Ablation("states that the critic learns from", "critic_states", ("solutions", "candidates"), "solutions", True),
     Ablation("model of the critic", CRITIC, ("2 layers", "4 layers", "student", "larger"), "student", True),
     Ablation("critics, of which the mean is taken", "num_critics", (1, 3), 1, is_of_data=True),
@@ -161,7 +162,10 @@ def details(record: dict[str, Any]) -> str:
 def draw(found: dict[str, Any], path: Path) -> None:
     """A panel a setting."""
     figure = Figure(figsize=(12, 9), layout="constrained")
-    for axis, ablation in zip(figure.subplots(-(-len(found) // 4), 4, sharey=True).flat, found.values(), strict=False):
+    axes = list(figure.subplots(-(-len(found) // 4), 4, sharey=True).flat)
+    for axis in axes[len(found) :]:
+        axis.remove()
+    for axis, ablation in zip(axes, found.values(), strict=False):
         values = list(ablation["rows"])
         for metric, marker, color in zip(METRICS, "os", ("#4477aa", "#ee6677"), strict=True):
             scores = np.array([[100 * run[metric] for run in ablation["rows"][value]] for value in values])
@@ -170,7 +174,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(values)), [value.replace(" without", "\nwithout") for value in values])
         axis.tick_params(labelsize=8)
         axis.axvline(values.index(ablation["default"]), color="#bbbbbb", linewidth=6, alpha=0.4, zorder=0)
-        axis.set_title(ablation["title"].replace(", of", ",\nof"), fontsize=10)
+        axis.set_title(ablation["title"].replace(", of", ",\nof").replace(" that the", "\nthat the"), fontsize=10)
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.supylabel("% correct on validation problems")

@@ -29,7 +29,7 @@ from dapo_trl import StepCriticConfig, StepCriticTrainer
 from dapo_trl.critics import mean_values
 from dapo_trl.run_folder import critic_folders, held_out_problems
 from dapo_trl.shrinkage import fit_prior_strength, shrinkage_values
-from learning_jobs import TASKS, Data, Job, data_of, larger_critics, make_data, run_in_processes
+from learning_jobs import TASKS, Data, Job, data_of, larger_critics, make_data, run_in_processes, train_critic
 from recording import REPOSITORY, command_line, keep, origin, origin_in_words, write_between
 from value_pool import PROBLEM_SEED, STUDENT, Row, load_pool
 from values import Bench, CandidateTruths, Scheme, estimate, shuffle, state_of
@@ -96,14 +96,7 @@ def pooled_critic(data: list[Data], folder: Path) -> Path:
         held_out = held_out_problems(each.problem_ids())
         seen = each.kept_solutions().filter(lambda row, held_out=held_out: row["problem_id"] not in held_out)
         solutions.append(seen)
-    settings = data[0].task.settings["critic"] | {"use_cpu": True, "bf16": False, "report_to": "none"}
-    trainer = StepCriticTrainer(
-        model=str(STUDENT),
-        args=StepCriticConfig(str(folder), **settings, save_strategy="no", max_length=None),
-        train_dataset=concatenate_datasets(solutions),
-        processing_class=AutoTokenizer.from_pretrained(STUDENT),
-    )
-    trainer.train()
+    trainer = train_critic(concatenate_datasets(solutions), data[0].task, folder)
     trainer.save_model()
     return folder
 

@@ -32,6 +32,7 @@ sys.path.append(str(STUDENTS))
 NUM_TEST, NUM_VALIDATION, K = 1024, 512, 8
 PROBLEM_SEED = 77  # of the problems that policies are evaluated on: the same for all
 SAMPLE_SEED = 99  # of their samples
+CRITIC_SHARE = "critic_share"  # argument of data: of how many of the problems the critic learns
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Data:
         folder (`Path`):
             Where it is kept.
         arguments (`tuple[str, ...]`, *optional*):
-            Command line arguments for `dapo-trl score`, of the ablations.
+            Command line arguments for `dapo-trl score`, of the ablations; or [`CRITIC_SHARE`] and a number.
     """
 
     task: Task
@@ -123,15 +124,39 @@ class Data:
     @property
     def has_own_samples(self) -> bool:
         """Whether more than the critic differs from the recipe."""
-        return not all(name.startswith(("--critic", "--num_critics")) for name in self.arguments[::2])
+        return not all(name.startswith(("--critic", "--num_critics", CRITIC_SHARE)) for name in self.arguments[::2])
 
     def make(self) -> None:
         """Sample what is not there yet. What a weak critic is worth is measured, not refused."""
         if self.arguments and not self.has_own_samples:
             for stage in ("sampled", "values"):
                 shutil.copytree(self.plain.run / stage, self.run / stage, dirs_exist_ok=True)
+        if CRITIC_SHARE in self.arguments:
+            self._score_by_less(float(self.arguments[1]))
+            return
         given = ("--values", "critic", "--allow_unfit_critic", "true", *self.arguments)
         dapo_trl("score", self.task, self.seed, self.run, *given)
+
+    def _score_by_less(self, share: float) -> None:
+        """The same rows, with the values of a critic that has learned from a share of the problems."""
+        from dapo_trl.diagnosing import record
+        from dapo_trl.diagnosis import diagnose
+        from dapo_trl.run_folder import held_out_problems
+
+        if (self.run / "data" / "diagnosis.json").exists():
+            return
+        tables = {"solutions": self.plain.kept_solutions(), "states": self.plain.states()}
+        held_out = held_out_problems(tables["solutions"]["problem_id"])
+        seen = list(dict.fromkeys(each for each in tables["solutions"]["problem_id"] if each not in held_out))
+        chosen = set(seen[: round(share * len(seen))])
+        rows = tables["solutions"].filter(lambda row: row["problem_id"] in chosen)
+        trainer = train_critic(rows, self.task, self.run / "critic", self.seed)
+        (self.run / "data").mkdir(exist_ok=True)
+        for name, table in tables.items():
+            tables[name] = trainer.predict_values(table)
+            tables[name].to_parquet(str(self.run / "data" / f"{name}_critic.parquet"))
+        unseen = [table.filter(lambda row: row["problem_id"] in held_out) for table in tables.values()]
+        write_atomically(self.run / "data" / "diagnosis.json", json.dumps(record(diagnose(*unseen))))
 
     @property
     def tokens(self) -> int:
@@ -178,6 +203,23 @@ class Data:
         engine = make_engine(self.task.student)
         store = sample_stage(problems, engine, math_reward, config, self.folder / "solutions", settings["shard_size"])
         return list(store.table("sampled"))
+
+
+def train_critic(rows: Dataset, task: Task, folder: Path, seed: int = 42) -> Any:
+    """A critic of the task's recipe that begins with the student, trained on these solution rows."""
+    from transformers import AutoTokenizer
+
+    from dapo_trl import StepCriticConfig, StepCriticTrainer
+
+    settings = task.settings["critic"] | {"use_cpu": True, "bf16": False, "report_to": "none", "seed": seed}
+    trainer = StepCriticTrainer(
+        model=str(task.student),
+        args=StepCriticConfig(str(folder), **settings, save_strategy="no", max_length=None),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(task.student),
+    )
+    trainer.train()
+    return trainer
 
 
 def dapo_trl(command: str, task: Task, seed: int, folder: Path, *arguments: str) -> None:
