@@ -11,6 +11,7 @@ SEED ?= 0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: help demo test test-slow test-min check bench clean
@@ -22,16 +23,16 @@ demo: $(READY)
 	$(LAUNCH) examples/math.py --seed $(SEED) --output_dir runs/demo-$(SEED)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m slow
 
 test-min: tests/minimum_versions.py setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)-min
 	$(PYTHON) tests/minimum_versions.py > $(VENV)-min/constraints.txt
 	$(VENV)-min/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-min/constraints.txt torch -e ".[dev]"
-	OMP_NUM_THREADS=1 $(VENV)-min/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(VENV)-min/bin/$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff check

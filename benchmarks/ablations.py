@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from learning_jobs import CRITIC_SHARE, STUDENTS, TASKS, Job, data_of, run_jobs
+from learning_jobs import STUDENTS, TASKS, Job, data_of, run_jobs
 from learning_report import METRICS, spread
 from recording import REPOSITORY, command_line, keep, origin, origin_in_words, write_between
 
@@ -58,7 +58,7 @@ class Ablation:
         settings = {name: POLICY[name] for name in ("learning_rate", "beta", "num_train_epochs")}
         data: tuple[str, ...] = ()
         if value != self.default and self.is_of_data:
-            data = (self.name if self.name == CRITIC_SHARE else f"--{self.name}", str(value))
+            data = (f"--{self.name}", str(value))
         elif value != self.default:
             settings[self.name] = value
         return Job(TASK, seed, "critic", "validation", settings, data)
@@ -78,7 +78,9 @@ ABLATIONS = (
     ),
     Ablation("solutions kept of a problem", "num_kept", (2, 4, 8), RECIPE["num_kept"], is_of_data=True),
     Ablation("problems", "num_train_problems", (175, 350, 700, 1400), RECIPE["num_train_problems"], is_of_data=True),
-    Ablation("share of the problems that the critic learns from", CRITIC_SHARE, (0.25, 0.5, 1.0), 1.0, is_of_data=True),
+    Ablation(
+        "share of the problems that the critic learns from", "critic_share", (0.25, 0.5, 1.0), 1.0, is_of_data=True
+    ),
     Ablation("states that the critic learns from", "critic_states", ("solutions", "candidates"), "solutions", True),
     Ablation("model of the critic", CRITIC, ("2 layers", "4 layers", "student", "larger"), "student", True),
     Ablation("critics, of which the mean is taken", "num_critics", (1, 3), 1, is_of_data=True),

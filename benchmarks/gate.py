@@ -55,7 +55,6 @@ LARGER = "three larger, their mean"
 WORKING = {"working": "The working critics", LARGER: "The means of three critics that begin with a larger model"}
 KINDS = (*WORKING, "constant", "inverted", "untrained", "fresh head")
 MORE, NUM_SEEDS_MORE, NUM_PROBLEMS_MORE = 4, 5, 70  # times the problems; how many of the held-out ones are measured
-REFUSE_NOTHING = ("--allow_unfit_critic", "true")  # who is refused is asked afterwards
 KEPT = ("num_problems", "num_states", "num_pairs", "num_clear_pairs", "pairs_by_difference")
 MEASURES = {
     "skill": "skill",
@@ -68,8 +67,9 @@ MEASURES = {
 
 
 def command(name: str, task: Task, seed: int, folder: Path, *options: str) -> None:
-    """A command with the task's recipe, in a process of its own."""
-    given = [*options, "--values", "critic", "--seed", str(seed), "--output_dir", str(folder)]
+    """A command with the task's recipe, as a process. It goes on with any critic: the gate is asked later."""
+    given = [*options, "--values", "critic", "--allow_unfit_critic", "true"]
+    given += ["--seed", str(seed), "--output_dir", str(folder)]
     subprocess.run([sys.executable, "-m", "dapo_trl", name, str(task.recipe), *given], check=True)
 
 
@@ -136,7 +136,7 @@ def is_refused(found: dict, folder: Path) -> bool:
 
 def measure(task: Task, seed: int, folder: Path) -> dict:
     """All kinds of critics of a seed: whether they are refused, and how good they are."""
-    command("score", task, seed, folder, *REFUSE_NOTHING)
+    command("score", task, seed, folder)
     command("diagnose", task, seed, folder, "--num_completions", str(NUM_COMPLETIONS))
     counts, rows = fresh_counts(folder), rows_of(folder)
     found = {}
@@ -160,7 +160,7 @@ def score_by_larger(task: Task, seed: int, folder: Path) -> Path:
     larger = folder.with_name(f"{folder.name}-larger")
     for stage in ("sampled", "values"):
         shutil.copytree(folder / stage, larger / stage, dirs_exist_ok=True)
-    command("score", task, seed, larger, *REFUSE_NOTHING, *larger_critics(task))
+    command("score", task, seed, larger, *larger_critics(task))
     return larger
 
 
@@ -178,9 +178,9 @@ def measure_more(task: Task, seed: int, folder: Path) -> dict:
     found = more / "diagnosis" / f"{NUM_COMPLETIONS}-completions-{NUM_PROBLEMS_MORE}-problems" / "diagnosis.json"
     if not found.exists():
         options = ("--num_train_problems", str(MORE * task.settings["num_train_problems"]), *larger_critics(task))
-        command("score", task, seed, more, *REFUSE_NOTHING, *options)
+        command("score", task, seed, more, *options)
         measured = ("--num_completions", str(NUM_COMPLETIONS), "--max_problems", str(NUM_PROBLEMS_MORE))
-        command("diagnose", task, seed, more, *measured, *REFUSE_NOTHING, *options)
+        command("diagnose", task, seed, more, *measured, *options)
     known = json.loads(found.read_text())
     return {"more": {"fresh": {name: known[name] for name in ("measures", *KEPT)}}}
 

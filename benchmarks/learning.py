@@ -7,12 +7,13 @@ Every method is tuned in the same way, on validation problems with the data of s
 of them: five learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its
 settings (`AXES`: learning rate, beta, how long it trains). The best four go on to the other seeds, and the best of
 them over all is taken: a setting that is good once may fail the next time. Later tasks, whose solutions are more and
-longer, begin with the settings of the first and search learning rate and beta, on the first of the seeds.
+longer, begin with the settings of the first and search the learning rate, on the first of the seeds.
 Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
 none of which anything was trained on: greedily, and 8 samples a problem at temperature 1. Intervals are Student's t
 over seeds; differences are paired: of the same seed. Later tasks have the first five of the seeds.
 
-A benchmark that was killed goes on where it was. Writes `benchmarks/results/learning.json`, the tables in
+A benchmark that was killed goes on where it was, also from `benchmarks/results/jobs.jsonl` of an earlier one: delete
+that and `runs/learning` to measure everything again. Writes `benchmarks/results/learning.json`, the tables in
 `benchmarks/README.md` and `README.md`, and `docs/images/learning.png`.
 """
 
@@ -23,12 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from learning_jobs import NUM_TEST, NUM_VALIDATION, TASKS, Job, K, data_of, larger_critics, run_jobs
+from learning_jobs import NUM_TEST, NUM_VALIDATION, PACKAGES, TASKS, Job, K, larger_critics, restore, run_jobs
 from learning_report import TITLES, details, draw, short, table
 from recording import REPOSITORY, command_line, keep, origin, write_between
 
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 TUNING_SEEDS = (100, 101, 102)  # of the data with which settings are chosen; the search is on the first
 NUM_FINALISTS = 4  # settings that are tried on all of them
 NUM_SEEDS_LATER = 5
@@ -63,8 +63,7 @@ AXES: dict[str, tuple[Axis, ...]] = {
     "shrinkage": (RATE, BETA, STATES),
     "monte_carlo": (RATE, BETA, STATES),
 }
-# What is chosen anew on later tasks: not how long a method trains.
-AXES_LATER = {method: tuple(axis for axis in axes if axis in (RATE, BETA)) for method, axes in AXES.items()}
+AXES_LATER = dict.fromkeys(AXES, (RATE,))  # what is chosen anew on later tasks
 MAX_ROUNDS = 6  # of the search
 TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
 # With which two iterations of half the problems generate as many tokens as one of all: a policy that solves nearly all
@@ -163,7 +162,7 @@ def compare(task: str, search: Search, seeds: Sequence[int], folder: Path, num_p
     by_method: dict[str, dict[str, Any]] = {method: {} for method in TITLES}
     for job, result in zip(jobs, results, strict=True):
         by_method[job.method][str(job.seed)] = _kept(result)
-    tokens = {str(seed): data_of(Job(task, seed, "critic", "test"), folder).tokens for seed in seeds}
+    tokens = {seed: run["tokens"] for seed, run in by_method["critic"].items()}
     return {"tokens": tokens, "settings": settings, "tuning": tuned, "results": by_method}
 
 
@@ -174,6 +173,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "learning")
     parser.add_argument("--num_processes", type=int, default=2, help="Trainings at a time, one core each.")
     given = parser.parse_args()
+    restore(given.output_dir)
     record = {
         **origin(command_line(), PACKAGES),
         "seeds": given.seeds,

@@ -2,7 +2,8 @@
 What `learning.py` and `ablations.py` have in common: tasks, data of equal cost, trainings, and their results on disk.
 
 A job is one training and its evaluation; its result is kept in a file of its own, so that a benchmark that was killed
-goes on where it was. Jobs run in as many processes as there are cores, one thread each.
+goes on where it was, and in a line of `benchmarks/results/jobs.jsonl`, with date and versions, so that it also goes on
+elsewhere. Jobs run in as many processes as there are cores, one thread each.
 """
 
 import importlib
@@ -24,15 +25,17 @@ from typing import Any
 from datasets import Dataset
 
 from dapo_trl.files import write_atomically
-from recording import REPOSITORY
+from recording import REPOSITORY, origin
 
 
 STUDENTS = REPOSITORY / "examples" / "student"
 sys.path.append(str(STUDENTS))
+KEPT = REPOSITORY / "benchmarks" / "results" / "jobs.jsonl"
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 NUM_TEST, NUM_VALIDATION, K = 1024, 512, 8
 PROBLEM_SEED = 77  # of the problems that policies are evaluated on: the same for all
 SAMPLE_SEED = 99  # of their samples
-CRITIC_SHARE = "critic_share"  # argument of data: of how many of the problems the critic learns
+CRITIC_SHARE = "--critic_share"  # argument of data, of no command: of how many of the problems the critic learns
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Data:
         folder (`Path`):
             Where it is kept.
         arguments (`tuple[str, ...]`, *optional*):
-            Command line arguments for `dapo-trl score`, of the ablations; or [`CRITIC_SHARE`] and a number.
+            Command line arguments for `dapo-trl score`, of the ablations; or `--critic_share` and a number.
     """
 
     task: Task
@@ -124,14 +127,14 @@ class Data:
     @property
     def has_own_samples(self) -> bool:
         """Whether more than the critic differs from the recipe."""
-        return not all(name.startswith(("--critic", "--num_critics", CRITIC_SHARE)) for name in self.arguments[::2])
+        return not all(name.startswith(("--critic", "--num_critics")) for name in self.arguments[::2])
 
     def make(self) -> None:
         """Sample what is not there yet. What a weak critic is worth is measured, not refused."""
         if self.arguments and not self.has_own_samples:
             for stage in ("sampled", "values"):
                 shutil.copytree(self.plain.run / stage, self.run / stage, dirs_exist_ok=True)
-        if CRITIC_SHARE in self.arguments:
+        if self.arguments[:1] == (CRITIC_SHARE,):
             self._score_by_less(float(self.arguments[1]))
             return
         given = ("--values", "critic", "--allow_unfit_critic", "true", *self.arguments)
@@ -276,10 +279,25 @@ class Job:
         name = "-".join([self.method, *words, self.split]).replace("/", "_")
         return data_of(self, folder).folder / "results" / f"{name}.json"
 
+    @property
+    def key(self) -> str:
+        """The same below any folder: no two jobs have one key."""
+        return self.path(Path()).as_posix()
+
 
 def data_of(job: Job, folder: Path) -> Data:
     place = "-".join([f"seed-{job.seed}", *(word.strip("-").rpartition("/")[2] for word in job.data)])
     return Data(TASKS[job.task], job.seed, folder / job.task / place, job.data)
+
+
+def restore(folder: Path) -> None:
+    """Put the results of `jobs.jsonl` into the folder, where they are not run again."""
+    for line in KEPT.read_text().splitlines() if KEPT.exists() else ():
+        result = json.loads(line)
+        path = folder / result["job"]
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(result, indent=2))
 
 
 def run_jobs(jobs: Iterable[Job], folder: Path, num_processes: int) -> list[dict[str, Any]]:
@@ -314,6 +332,10 @@ def run_job(job: Job, folder: Path) -> None:
     path = job.path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=2))
+    when = {name: given for name, given in origin("", PACKAGES).items() if name in ("date", "versions")}
+    del result["data"]  # paths of this machine; the key tells them
+    with KEPT.open("a") as lines:
+        lines.write(json.dumps({"job": job.key} | when | result) + "\n")
     print(
         f"{path.parent.parent.name} {path.stem}: greedy {result['greedy']:.3f}, mean@8 {result['mean@8']:.3f}",
         flush=True,

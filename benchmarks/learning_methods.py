@@ -139,7 +139,7 @@ def train_twice(source: str, data: Data, settings: dict[str, Any]) -> Trained:
     given = ["--values", source, "--iterations", "2", "--num_train_problems", half, "--num_test_problems", "8"]
     given += ["--allow_unfit_critic", "true"]  # as for one iteration
     for name, value in settings.items():
-        given += [f"--{name}" if name == "num_solutions" else f"--policy.{name}", str(value)]
+        given += [f"--{name}" if name in data.task.settings else f"--policy.{name}", str(value)]
     dapo_trl("run", data.task, data.seed, folder, *given)
     last = folder / "iteration-2"
     tokens = sum(

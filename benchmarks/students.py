@@ -4,7 +4,7 @@ What the students and the larger models of the critics can do, on validation pro
     python benchmarks/students.py [--num_problems 1024] [--seed 0]
 
 Each solves the problems greedily and with 4 samples at temperature 1; "no wrong line" is the share of these samples
-that `proofread` finds no fault with. As they were taught, they then proofread a demonstration of each problem:
+that are the right solution, word for word. As they were taught, they then proofread a demonstration of each problem:
 `<right>` or `<wrong>` at the end of every line, whichever is more probable. Demonstrations are also counted themselves.
 
 Writes `benchmarks/results/students.json` and the table in `examples/student/README.md`. Two minutes on two CPU cores.
@@ -43,20 +43,20 @@ MEASURES = {
 
 def measure(task: Task, model: Path, problems: list[dict[str, str]], seed: int) -> dict[str, Any]:
     """All measures of one model."""
+    judged: list[list[str]] = []  # greedy solutions, then K samples of each problem
 
-    def no_wrong_line(completions: list[str], prompts: list[str], **kwargs: Any) -> list[float]:
-        right = [task.module.correct_solution({"prompt": prompt}) for prompt in prompts]
-        return [float(completion == solution) for completion, solution in zip(completions, right, strict=True)]
+    def reward(completions: list[str], **kwargs: Any) -> list[float | None]:
+        judged.append(completions)
+        return math_reward(completions=completions, **kwargs)
 
     sampling = SamplingConfig(max_new_tokens=task.settings["max_new_tokens"])
-    rows, engine = Dataset.from_list(problems), make_engine(model)
-    found = evaluate_policy(rows, engine, math_reward, sampling, K, seed)
-    faultless = evaluate_policy(rows, engine, no_wrong_line, sampling, K, seed)  # of the same samples
+    found = evaluate_policy(Dataset.from_list(problems), make_engine(model), reward, sampling, K, seed)
+    samples = [judged[-1][start : start + K] for start in range(0, len(judged[-1]), K)]
     return {
         "parameters": AutoModelForCausalLM.from_pretrained(model).num_parameters(),
         "greedy": asdict(found.greedy),
         "sampled": asdict(found.mean_at_k),
-        "no_wrong_line": asdict(faultless.mean_at_k),
+        "no_wrong_line": no_wrong_line(task, problems, samples, seed),
         "proofread": asdict(bootstrap_mean(proofread(task, model, problems, seed), seed)),
     }
 
@@ -64,10 +64,24 @@ def measure(task: Task, model: Path, problems: list[dict[str, str]], seed: int) 
 def measure_demonstrations(task: Task, problems: list[dict[str, str]], seed: int) -> dict[str, Any]:
     """How many of what the student was taught are right."""
     rng, module = random.Random(seed), task.module
-    solutions = [(problem, [module.demonstration(problem, rng) for _ in range(K)]) for problem in problems]
-    right = [np.mean([module.is_correct(problem, each) for each in group]) for problem, group in solutions]
-    faultless = [np.mean([each == module.correct_solution(problem) for each in group]) for problem, group in solutions]
-    return {"sampled": asdict(bootstrap_mean(right, seed)), "no_wrong_line": asdict(bootstrap_mean(faultless, seed))}
+    solutions = [[module.demonstration(problem, rng) for _ in range(K)] for problem in problems]
+    right = [
+        np.mean([module.is_correct(problem, each) for each in group])
+        for problem, group in zip(problems, solutions, strict=True)
+    ]
+    faultless = no_wrong_line(task, problems, solutions, seed)
+    return {"sampled": asdict(bootstrap_mean(right, seed)), "no_wrong_line": faultless}
+
+
+def no_wrong_line(
+    task: Task, problems: list[dict[str, str]], solutions: list[list[str]], seed: int
+) -> dict[str, float]:
+    """Share of each problem's solutions that are the right one, word for word."""
+    shares = [
+        np.mean([each == task.module.correct_solution(problem) for each in group])
+        for problem, group in zip(problems, solutions, strict=True)
+    ]
+    return asdict(bootstrap_mean(shares, seed))
 
 
 @torch.no_grad()
@@ -108,10 +122,8 @@ def main() -> None:
     given = parser.parse_args()
     results = {}
     for name, task in TASKS.items():
-        problems, title = (
-            task.module.make_problems("validation", given.num_problems, given.seed),
-            name.replace("_", " "),
-        )
+        problems = task.module.make_problems("validation", given.num_problems, given.seed)
+        title = name.replace("_", " ")
         results[f"{title}: demonstrations"] = measure_demonstrations(task, problems, given.seed)
         results[f"{title}: student"] = measure(task, task.student, problems, given.seed)
         results[f"{title}: larger"] = measure(task, task.larger, problems, given.seed)

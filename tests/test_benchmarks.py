@@ -57,7 +57,8 @@ def test_readme_says_what_was_measured():
     import iterations
 
     text = " ".join((REPOSITORY / "README.md").read_text().split())
-    records = {path.stem: json.loads(path.read_text()) for path in (REPOSITORY / "benchmarks" / "results").glob("*")}
+    paths = (REPOSITORY / "benchmarks" / "results").glob("*.json")
+    records = {path.stem: json.loads(path.read_text()) for path in paths}
     assert " ".join(demo.table(records["demo"]).split()) in text
     assert " ".join(report.short(records["learning"]).split()) in text
     assert f"by another {iterations.rise(records['iterations']['runs'], 'mean@4').lstrip('+')} points" in text
@@ -256,10 +257,10 @@ def test_a_working_critic_that_is_refused_is_counted(tmp_path, monkeypatch):
     import gate
 
     said = []
-    monkeypatch.setattr(gate, "command", lambda name, task, seed, folder, *options: said.append((name, options)))
+    monkeypatch.setattr(gate.subprocess, "run", lambda words, check: said.append(words))
     monkeypatch.setattr(gate.shutil, "copytree", lambda *args, **kwargs: None)
     gate.score_by_larger(learning_jobs.TASKS["arithmetic"], 0, tmp_path)
-    assert said[0][0] == "score" and said[0][1][:2] == ("--allow_unfit_critic", "true")
+    assert said[0][3] == "score" and said[0][said[0].index("--allow_unfit_critic") + 1] == "true"
     assert gate.is_refused({"is_fit": False, "verdict": "Do not use it.", "measures": {}}, tmp_path)
     assert not gate.is_refused({"is_fit": True}, tmp_path)
 
@@ -300,7 +301,37 @@ def test_a_job_is_told_from_every_other(tmp_path):
         learning_jobs.Job("arithmetic", 0, "dpo", "test", {"beta": 0.3}),
         learning_jobs.Job("arithmetic", 0, "dpo", "test", {"beta": 0.1}, ("--num_kept", "2")),
     ]
-    assert len({each.path(tmp_path) for each in [job, *others]}) == 7
+    assert len({each.path(tmp_path) for each in [job, *others]}) == len({each.key for each in [job, *others]}) == 7
+
+
+def test_results_of_jobs_go_on_elsewhere(tmp_path, monkeypatch):
+    """A job that was run in one folder has its line, and is not run again in another; its paths are not kept."""
+    monkeypatch.setattr(learning_jobs, "KEPT", tmp_path / "jobs.jsonl")
+    monkeypatch.setattr(learning_jobs, "evaluate", lambda *_: {"greedy": 0.5, "mean@8": 0.25, "pass@8": 1.0})
+    monkeypatch.setitem(methods.METHODS, "dpo", lambda data, settings: methods.Trained(None, 7))
+    job = learning_jobs.Job("arithmetic", 0, "dpo", "test", {"beta": 0.1}, ("--model", str(tmp_path)))
+    learning_jobs.restore(tmp_path / "first")
+    learning_jobs.run_job(job, tmp_path / "first")
+    monkeypatch.setitem(methods.METHODS, "dpo", None)
+    learning_jobs.restore(tmp_path / "second")
+    (result,) = learning_jobs.run_jobs([job], tmp_path / "second", 1)
+    assert (result["tokens"], result["mean@8"], result["settings"]) == (7, 0.25, {"beta": 0.1})
+    assert {"date", "versions", "training_seconds"} <= set(result) and str(tmp_path) not in json.dumps(result)
+
+
+def test_record_is_that_of_its_jobs():
+    """Every number of the comparison is that of a job with a date; no job stands there twice."""
+    text = (REPOSITORY / "benchmarks" / "results" / "jobs.jsonl").read_text()
+    jobs = {job["job"]: job for job in map(json.loads, text.splitlines())}
+    assert len(jobs) == len(text.splitlines())
+    assert all(job["date"] and job["versions"] for job in jobs.values())
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / "learning.json").read_text())
+    names = ("task", "method", "split", "seed", "settings")
+    found = {tuple(str(job[name]) for name in names): job for job in jobs.values()}
+    for name, task in record["tasks"].items():
+        for method, runs in task["results"].items():
+            for seed, run in runs.items():
+                assert run.items() <= found[name, method, "test", seed, str(run["settings"])].items()
 
 
 def test_tuning_goes_on_to_better_neighbours(tmp_path, monkeypatch):

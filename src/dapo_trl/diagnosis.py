@@ -24,7 +24,6 @@ from dapo_trl.sibling_agreement import DIFFERENCES, SiblingAgreement
 # Distances from the end, in steps, that are told apart; the last one and all beyond are one.
 _DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16)
 _CHANCE = 0.5
-_DISTANCES_FROM_TRUTH = {("", "calibration_error")}  # measures that noise makes larger
 _NUM_BINS = 10  # of values, for their calibration
 
 
@@ -237,7 +236,8 @@ def diagnose(
     groups: dict[str, dict[str, Estimate]] = {"": {}, "distance": {}, "difference": {}, "bin": {}}
     for key, value in point.items():
         if np.isfinite(value):
-            make = Estimate.from_biased_draws if key in _DISTANCES_FROM_TRUTH else Estimate.from_draws
+            grows_with_noise = key == ("", "calibration_error")
+            make = Estimate.from_biased_draws if grows_with_noise else Estimate.from_draws
             groups[key[0]][key[1]] = make(value, draws[key])
     siblings = sample.siblings
     return Diagnosis(

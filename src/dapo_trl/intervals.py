@@ -72,7 +72,7 @@ class Estimate:
         """
         mirrored = 2 * mean - np.asarray(draws, dtype=np.float64)
         finite = mirrored[np.isfinite(mirrored)]
-        found = cls.from_draws(finite.mean() if finite.size else mean, mirrored)
+        found = cls.from_draws(finite.mean() if finite.size else mean, finite)
         return cls(max(found.mean, 0.0), max(found.low, 0.0), max(found.high, 0.0))
 
     def __str__(self) -> str:
