@@ -17,6 +17,7 @@ from typing import Any
 
 from dapo_trl.verifiers._answers import Kind, read_answer, same
 from dapo_trl.verifiers._extraction import extract_answer
+from dapo_trl.verifiers._texts import completion_text
 from dapo_trl.verifiers._worker_pool import Question, WorkerPool
 
 
@@ -105,7 +106,7 @@ class MathVerifier:
                 "per completion"
             )
         golds = [_gold_text(row, gold) for row, gold in enumerate(answer)]
-        stated = [extract_answer(_completion_text(row, completion)) for row, completion in enumerate(completions)]
+        stated = [extract_answer(completion_text(row, completion)) for row, completion in enumerate(completions)]
         verdicts = self._judge(list(zip(golds, stated, strict=True)))
         self._report(verdicts, golds, stated)
         if log_extra is not None:
@@ -189,21 +190,6 @@ def _gold_text(row: int, gold: Any) -> str:
     if gold is None or isinstance(gold, int | float | Decimal | Fraction):
         return "" if gold is None or gold != gold else str(gold)
     raise TypeError(f"`answer[{row}]` is a {type(gold).__name__}; pass a string or a number")
-
-
-def _completion_text(row: int, completion: Any) -> str:
-    """Text of a completion: a string, or the content of the last message."""
-    if isinstance(completion, str):
-        return completion
-    try:
-        content = completion[-1]["content"]
-    except (TypeError, KeyError, IndexError) as error:
-        raise TypeError(
-            f"`completions[{row}]` is {completion!r:.200}; pass a string or a list of messages with 'content'"
-        ) from error
-    if isinstance(content, str) or content is None:
-        return content or ""
-    return "".join(part.get("text") or "" for part in content)
 
 
 default_verifier = MathVerifier()
