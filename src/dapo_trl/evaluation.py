@@ -4,7 +4,7 @@ Accuracy of a policy: greedy, mean@k and pass@k, with 95% intervals by bootstrap
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from datasets import Dataset
@@ -38,6 +38,8 @@ class Evaluation:
             Samples that the verifier could not judge; they count as wrong here and are reported.
         tokens (`int`):
             Tokens generated.
+        pass_at (`dict[str, Estimate]`):
+            The same for other k, by name, from the k samples (unbiased).
     """
 
     greedy: Estimate
@@ -48,6 +50,7 @@ class Evaluation:
     truncated: int
     not_judged: int
     tokens: int
+    pass_at: dict[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def evaluate_policy(
     sampling: SamplingConfig | None = None,
     k: int = 4,
     seed: int = 0,
+    pass_k: Sequence[int] = (),
 ) -> Evaluation:
     """
     Measure a policy on held-out problems: once greedily, and k times with `sampling`.
@@ -116,22 +120,30 @@ def evaluate_policy(
             Samples per problem.
         seed (`int`, *optional*, defaults to `0`):
             Seed of sampling and bootstrap.
+        pass_k (sequence of `int`, *optional*):
+            Other numbers of samples, from 1 to `k`, whose pass@k is estimated from the k samples of each problem.
 
     Returns:
         [`Evaluation`].
 
     Raises:
-        ValueError: if there is no problem, or `k` is below 1.
+        ValueError: if there is no problem, `k` is below 1, or one of `pass_k` is not from 1 to `k`.
     """
     if len(problems) == 0:
         raise ValueError("There is no problem to evaluate on: the data set is empty.")
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
+    if wrong := [each for each in pass_k if not 1 <= each <= k]:
+        raise ValueError(f"`pass_k` must be from 1 to `k`, which is {k}, got {wrong[0]}.")
     outcomes = attempt_problems(problems, engine, reward_function, sampling, k, seed)
     return Evaluation(
         greedy=bootstrap_mean(outcomes.greedy, seed),
         mean_at_k=bootstrap_mean(np.mean(outcomes.sampled, axis=1), seed),
         pass_at_k=bootstrap_mean([pass_at_k(k, sum(group), k) for group in outcomes.sampled], seed),
+        pass_at={
+            str(each): bootstrap_mean([pass_at_k(k, sum(group), each) for group in outcomes.sampled], seed)
+            for each in pass_k
+        },
         k=k,
         num_problems=len(problems),
         truncated=outcomes.truncated,

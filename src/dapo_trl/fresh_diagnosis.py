@@ -26,7 +26,6 @@ from dapo_trl.state_tree import Rollout, StateTree
 from dapo_trl.store import Shard, ShardStore, read_manifest
 from dapo_trl.tables import PROBLEM_COLUMNS
 from dapo_trl.values import Counts, State
-from dapo_trl.verifiers.math import math_reward
 
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def diagnose_afresh(recipe: "Recipe", num_completions: int, max_problems: int | 
     name = f"{num_completions}-completions" + (f"-{max_problems}-problems" if max_problems else "")
     folder, is_main = data.parent / "diagnosis" / name, process_state().is_main_process
     with only_one(recipe.folder) if is_main else nullcontext():
-        counts = count_afresh(solutions, states, engine, math_reward, config, folder)
+        counts = count_afresh(solutions, states, engine, recipe.reward_function, config, folder)
     found = diagnose(*with_counts(solutions, states, counts))
     if is_main:
         write_atomically(folder / "diagnosis.json", dump_json(record(found)))

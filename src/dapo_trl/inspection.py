@@ -16,6 +16,7 @@ from rich.style import Style
 from rich.text import Text
 from rich.tree import Tree
 
+from dapo_trl.execution.unit_tests import shown_answer
 from dapo_trl.files import named_damage, numbered_folders, read_parquet
 from dapo_trl.problem_tree import Node, Row, add_critic, best_first, build_tree, outcome_or_value, prompt_text
 from dapo_trl.run_folder import shard_tables, table_cure
@@ -66,7 +67,7 @@ def print_problem(folder: Path, problem_id: str | None = None, console: Console 
     root = build_tree(states, solutions)
     add_critic(root, _rows(source.critic_states, problem_id), _rows(source.critic_solutions, problem_id))
     row = (states or solutions)[0]
-    answer = f", answer {row['answer']}" if row.get("answer") is not None else ""
+    answer = f", answer {shown_answer(row['answer'])}" if row.get("answer") is not None else ""
     console.print(Text(f"{source.title}, problem {problem_id}{answer}", style="bold"), soft_wrap=True)
     console.print(_LEGEND, markup=False, highlight=False, soft_wrap=True)
     console.print(_draw(root))

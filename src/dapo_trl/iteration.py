@@ -56,7 +56,6 @@ from dapo_trl.summary import (
     warn,
 )
 from dapo_trl.value_sources import advantages_from
-from dapo_trl.verifiers.math import math_reward
 
 
 if TYPE_CHECKING:
@@ -151,8 +150,9 @@ class Iteration:
         print_title("Solutions")
         a = self.arguments
         problems, folder = self.recipe.problems["train"], self.folder / "sampled"
+        judge = self.recipe.reward_function
         signal = a.num_problems_with_signal
-        sampled = sample_stage(problems, self._engine, math_reward, self.config, folder, a.shard_size, signal)
+        sampled = sample_stage(problems, self._engine, judge, self.config, folder, a.shard_size, signal)
         print_stage(sampled.manifest, sampled.was_complete)
         self.recipe.publisher.stage(sampled)
         self.results["dropped"]["sampled"] = sampled.manifest["counts"]
@@ -174,7 +174,7 @@ class Iteration:
 
     def _value(self, sampled: ShardStore) -> ShardStore:
         print_title("Completions and values")
-        values = value_stage(sampled, self._engine, math_reward, self.config, self.folder / "values")
+        values = value_stage(sampled, self._engine, self.recipe.reward_function, self.config, self.folder / "values")
         print_stage(values.manifest, values.was_complete)
         self.recipe.publisher.stage(values)
         self.results["dropped"]["values"] = values.manifest["counts"]

@@ -13,9 +13,10 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from dapo_trl.code_problems import read_code_problems
 from dapo_trl.settings import SettingsError
 from dapo_trl.tokenization import TEMPLATE_COLUMNS, encode_prompt, template_arguments
-from dapo_trl.verifiers import check_answers
+from dapo_trl.verifiers import check_answers, check_tests
 
 
 logger = logging.getLogger(__name__)
@@ -37,14 +38,15 @@ def load_problems(
     num_test: int | None = None,
     prompt_template: str = "{question}",
     seed: int = 0,
+    verifier: str = "math",
 ) -> DatasetDict:
     """
     Problems to train on, and problems to evaluate on that share no prompt with them.
 
     Args:
         name (`str`):
-            A json, jsonl, parquet or csv file; a data set on the Hub; or `"file.py:function"`, a function of `split`,
-            `n` and `seed` that returns a list of rows with `prompt` and `answer`.
+            A json, jsonl (also gzipped), parquet or csv file; a data set on the Hub; or `"file.py:function"`, a
+            function of `split`, `n` and `seed` that returns a list of rows with `prompt` and `answer`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model. With a chat template, questions become conversations.
         config (`str`, *optional*):
@@ -62,6 +64,9 @@ def load_problems(
             How a question is put.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sample.
+        verifier (`str`, *optional*, defaults to `"math"`):
+            What answers are for: `"math"`, or `"code"`, of which they are unit tests; rows of HumanEval, MBPP, TACO and
+            APPS are read too.
 
     Returns:
         [`~datasets.DatasetDict`]: `train` and `test`, with `prompt`, `answer` and `problem_id`, and with `tools` and
@@ -84,8 +89,10 @@ def load_problems(
             train, test = make_problems(train_split, num_train, seed), make_problems(test_split, num_test, 0)
         except Exception as error:
             raise ValueError(f"{name} failed: {type(error).__name__}: {error}") from error
-        return _checked(_from_rows(train, name), _from_rows(test, name), num_test, name)
-    parts = {split: _with_places(rows) for split, rows in _read(name, config, train_split).items()}
+        return _checked(_from_rows(train, name), _from_rows(test, name), num_test, name, verifier)
+    parts = {split: _with_places(rows) for split, rows in _read(name, config).items()}
+    if train_split not in parts:
+        raise SettingsError(f"{name} has no split {train_split!r}, only {list(parts)}. Set `dataset_train_split`.")
     if test_split in parts:
         train, test = parts[train_split], parts[test_split]
     else:
@@ -97,27 +104,87 @@ def load_problems(
     _refuse_empty(train, test, name)
     if num_train is not None and len(train) < num_train:
         logger.warning(f"{name} has {len(train)} problems to train on; `num_train_problems` asks for {num_train}.")
-    train, test = (_as_problems(part, prompt_template, tokenizer, name) for part in (train, test))
-    return _checked(train, test, num_test, name)
+    train, test = (_as_problems(part, prompt_template, tokenizer, name, verifier) for part in (train, test))
+    return _checked(train, test, num_test, name, verifier)
 
 
-def _checked(train: Dataset, test: Dataset, num_test: int | None, name: str) -> DatasetDict:
+def load_test_problems(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str = "test",
+    prompt_template: str = "{question}",
+    verifier: str = "math",
+) -> Dataset:
+    """
+    All problems of a data set, to evaluate on.
+
+    Args:
+        name (`str`):
+            A file, or a data set on the Hub.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        split (`str`, *optional*, defaults to `"test"`):
+            Split to take, if there are several.
+        prompt_template (`str`, *optional*, defaults to `"{question}"`):
+            How a question is put.
+        verifier (`str`, *optional*, defaults to `"math"`):
+            What answers are for, see [`load_problems`].
+
+    Returns:
+        [`~datasets.Dataset`]: rows with `prompt`, `answer` and `problem_id`.
+
+    Raises:
+        ValueError: as [`load_problems`].
+    """
+    parts = _read(name, None)
+    if len(parts) > 1 and split not in parts:
+        raise SettingsError(f"{name} has no split {split!r}, only {list(parts)}. Set `dataset_test_split`.")
+    rows = _with_places(parts[split] if split in parts else next(iter(parts.values())))
+    if not len(rows):
+        raise ValueError(f"{name} has no problem to evaluate on. Check the file and the split.")
+    problems = _as_problems(rows, prompt_template, tokenizer, name, verifier)
+    _check_cells(problems, name, verifier)
+    return problems
+
+
+def _checked(train: Dataset, test: Dataset, num_test: int | None, name: str, verifier: str) -> DatasetDict:
     _refuse_empty(train, test, name)
     for problems in (train, test):
         for column in ("prompt", "answer"):
             _find_column(problems, (column,))
-    parts = DatasetDict(train=train, test=_first(_set_apart(train, test, name), num_test))
+    parts = DatasetDict(train=train, test=_first(set_apart(train, test, name), num_test))
     for problems in parts.values():
-        for column in ("prompt", "answer"):
-            if empty := [row for row in problems if row[column] in (None, "", [])]:
-                rows = f"{len(empty)} of {len(problems)} rows"
-                raise ValueError(f"{name}: {rows} have no {column}, the first is {empty[0]}. Leave them out.")
-        check_answers(problems["answer"])
+        _check_cells(problems, name, verifier)
     return parts
 
 
-def _set_apart(train: Dataset, test: Dataset, name: str) -> Dataset:
-    """The test problems whose prompts are not among those of training."""
+def _check_cells(problems: Dataset, name: str, verifier: str) -> None:
+    """Refuse rows without a prompt or an answer, and answers that cannot be read."""
+    for column in ("prompt", "answer"):
+        if empty := [row for row in problems if row[column] in (None, "", [])]:
+            rows = f"{len(empty)} of {len(problems)} rows"
+            raise ValueError(f"{name}: {rows} have no {column}, the first is {empty[0]}. Leave them out.")
+    (check_tests if verifier == "code" else check_answers)(problems["answer"])
+
+
+def set_apart(train: Dataset, test: Dataset, name: str) -> Dataset:
+    """
+    The test problems whose prompts are not among those of training.
+
+    Args:
+        train ([`~datasets.Dataset`]):
+            Problems to train on.
+        test ([`~datasets.Dataset`]):
+            Problems to evaluate on.
+        name (`str`):
+            Of the data set, for messages.
+
+    Returns:
+        [`~datasets.Dataset`]: of the test problems those.
+
+    Raises:
+        ValueError: if none is left.
+    """
     seen = {json.dumps(prompt) for prompt in train["prompt"]}
     apart = test.filter(lambda row: json.dumps(row["prompt"]) not in seen)
     num_shared = len(test) - len(apart)
@@ -191,8 +258,8 @@ def _from_rows(rows: Any, name: str) -> Dataset:
         raise ValueError(f"{name} must return a list of rows, each a dict, not {rows!r:.80}.") from error
 
 
-def _read(name: str, config: str | None, train_split: str) -> DatasetDict:
-    suffix = Path(name).suffix
+def _read(name: str, config: str | None) -> DatasetDict:
+    suffix = Path(name.removesuffix(".gz")).suffix
     kind = _KINDS.get(suffix)
     if kind is None and (suffix in _OTHER_FILES or Path(name).is_file()):
         known = ", ".join(_KINDS)
@@ -204,8 +271,6 @@ def _read(name: str, config: str | None, train_split: str) -> DatasetDict:
     except Exception as error:
         reason = str(error.__cause__ or error) or "it is empty"
         raise ValueError(f"{name} cannot be read: {reason}. Check the file or the name.") from error
-    if train_split not in parts:
-        raise SettingsError(f"{name} has no split {train_split!r}, only {list(parts)}. Set `dataset_train_split`.")
     return parts
 
 
@@ -226,8 +291,12 @@ def _refuse_bad_cells(rows: Dataset, column: str, name: str) -> None:
             raise ValueError(f"{name}: `{column}` must hold text, or a list of messages; in row {row} it is {cell!r}.")
 
 
-def _as_problems(rows: Dataset, prompt_template: str, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:
+def _as_problems(
+    rows: Dataset, prompt_template: str, tokenizer: PreTrainedTokenizerBase, name: str, verifier: str
+) -> Dataset:
     """Rows with a question and an answer, as prompts: conversational if the tokenizer has a chat template."""
+    if verifier == "code":
+        rows = read_code_problems(rows, name)
     question, answer = _find_column(rows, _QUESTION_COLUMNS), _find_column(rows, _ANSWER_COLUMNS)
     dropped = [column for column in rows.column_names if column not in TEMPLATE_COLUMNS]
     for column in (question, answer):

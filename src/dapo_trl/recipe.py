@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, get_quantization_config
@@ -25,12 +25,14 @@ from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.engines import Engine
 from dapo_trl.engines.transformers import TransformersEngine
 from dapo_trl.evaluation import evaluate_policy
+from dapo_trl.execution import ExecutionNotAllowedError, allow_execution
 from dapo_trl.files import only_one, run_once, wait_for, write_atomically
 from dapo_trl.iteration import Iteration
+from dapo_trl.judging import RewardFunction, name_of
 from dapo_trl.loading import load_policy
 from dapo_trl.model_identity import identify
 from dapo_trl.modeling import free_memory
-from dapo_trl.problems import load_problems, refuse_long_prompts
+from dapo_trl.problems import load_problems, load_test_problems, refuse_long_prompts, set_apart
 from dapo_trl.publishing import Publisher
 from dapo_trl.recipe_arguments import RecipeArguments, refuse_missing_path
 from dapo_trl.recipe_checks import refuse_bad_training, refuse_empty_folder, refuse_misfit_adapter
@@ -70,7 +72,7 @@ class Recipe:
     def __init__(self, arguments: RecipeArguments, model_config: ModelConfig) -> None:
         if not model_config.model_name_or_path:
             raise SettingsError("`model_name_or_path` is missing: name the model that shall be trained.")
-        if not arguments.dataset_name:
+        if not arguments.dataset_name and not arguments.eval_dataset_name:
             raise SettingsError("`dataset_name` is missing: name the problems that shall be trained on.")
         self.arguments = arguments
         self.model_config = model_config
@@ -83,7 +85,8 @@ class Recipe:
             "model_name_or_path": self.model,
             "critic_model_name_or_path": arguments.critic_model_name_or_path,
         }
-        for name, value in (models | {"dataset_name": arguments.dataset_name}).items():
+        data = {name: getattr(arguments, name) for name in ("dataset_name", "eval_dataset_name")}
+        for name, value in (models | data).items():
             refuse_missing_path(name, value)
         for name, value in models.items():
             refuse_empty_folder(name, value)
@@ -107,8 +110,11 @@ class Recipe:
             ValueError: if a row is bad, the folder holds results of other settings, another command works in it, no
                 problem carries signal, or the critic is not fit.
         """
+        if not self.arguments.dataset_name:
+            raise SettingsError("`dataset_name` is missing: name the problems that shall be trained on.")
+        _ = self.reward_function  # what is not allowed, or does not work, is better known now
         self.publisher.log_in()
-        sizes = f"{len(self.problems['train']):,} problems to train on, {len(self.problems['test']):,} held out"
+        sizes = f"{len(self.problems['train']):,} problems to train on, {len(self.test_problems):,} held out"
         num_processes = self._state.num_processes
         refuse_misfit_adapter(self)
         print_title(sizes if num_processes == 1 else f"{sizes}; {num_processes} processes")
@@ -167,17 +173,50 @@ class Recipe:
             a.dataset_test_split,
             a.num_train_problems,
             a.num_test_problems,
-            a.prompt_template,
+            a.prompt_template or "",
             a.seed,
+            a.verifier,
         )
         problems["train"] = with_problem_ids(problems["train"])
         table_features(problems["train"].features)  # refuses columns that sampling adds, before anything is sampled
-        if a.engine != "openai":  # servers have limits of their own
-            config = self._read(AutoConfig)
-            context = getattr(config.get_text_config(), "max_position_embeddings", None)
-            for rows in problems.values():
-                refuse_long_prompts(rows, self.tokenizer, context or sys.maxsize)
+        for rows in problems.values():
+            self._refuse_long(rows)
         return problems
+
+    @cached_property
+    def test_problems(self) -> Dataset:
+        """Problems to evaluate on: those of a data set of their own, or the held-out ones."""
+        a = self.arguments
+        if a.eval_dataset_name is None:
+            return self.problems["test"]
+        template = a.prompt_template or ""
+        test = load_test_problems(a.eval_dataset_name, self.tokenizer, a.dataset_test_split, template, a.verifier)
+        self._refuse_long(test)
+        return set_apart(self.problems["train"], test, a.eval_dataset_name) if a.dataset_name else test
+
+    def _refuse_long(self, rows: Dataset) -> None:
+        if self.arguments.engine == "openai":  # servers have limits of their own
+            return
+        config = self._read(AutoConfig)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        refuse_long_prompts(rows, self.tokenizer, context or sys.maxsize)
+
+    @cached_property
+    def reward_function(self) -> RewardFunction:
+        """What judges solutions."""
+        if self.arguments.verifier == "math":
+            return math_reward
+        try:
+            allow_execution(self.arguments.allow_execution or None)
+        except ExecutionNotAllowedError as error:
+            raise SettingsError(f"`verifier: code`: {error} In a recipe: `allow_execution: true`.") from error
+        from dapo_trl.verifiers.code import CodeVerifier, make_executor
+
+        given = {name: value for name, value in self.arguments.executor.items() if value is not None}
+        try:
+            return CodeVerifier(make_executor(num_processes=self._state.num_processes, **given))
+        except (ValueError, RuntimeError) as error:
+            raise SettingsError(f"`executor`: {error}") from error
 
     def _engine_of(self, model: str) -> str:
         """Servers have the model that the run begins with; others are sampled in process."""
@@ -252,9 +291,9 @@ class Recipe:
         Returns:
             `dict`: fields of [`~dapo_trl.evaluation.Evaluation`].
         """
-        sampling = self.arguments.rollout_config(0).sampling
-        settings = {
-            "problems": rows_fingerprint(self.problems["test"]),
+        sampling, reward_function = self.arguments.rollout_config(0).sampling, self.reward_function
+        settings: dict[str, Any] = {
+            "problems": rows_fingerprint(self.test_problems),
             "model": identify(model, self.revision_of(model)),
             "made": made_how(model),
             "engine": self._engine_of(model),
@@ -262,11 +301,21 @@ class Recipe:
             "sampling": dataclasses.asdict(sampling),
             "k": self.arguments.eval_k,
         }
+        if self.arguments.verifier != "math":  # files of earlier versions know of no other
+            settings["reward_function"] = name_of(reward_function)
+        if self.arguments.eval_pass_k:
+            settings["pass_k"] = self.arguments.eval_pass_k
 
         def compute() -> dict[str, Any]:
-            engine = self.make_engine(model)
+            engine, k = self.make_engine(model), self.arguments.eval_k
             evaluation = evaluate_policy(
-                self.problems["test"], engine, math_reward, sampling, self.arguments.eval_k, EVALUATION_SEED
+                self.test_problems,
+                engine,
+                reward_function,
+                sampling,
+                k,
+                EVALUATION_SEED,
+                pass_k=self.arguments.eval_pass_k,
             )
             return dataclasses.asdict(evaluation)
 

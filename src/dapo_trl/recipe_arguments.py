@@ -27,12 +27,34 @@ class ServerArguments:
     max_downtime: float | None = None
 
 
+@dataclass
+class ExecutorArguments:
+    """
+    Entries of the section `executor`: what runs programs, see [`~dapo_trl.execution.local.LocalExecutor`] and
+    [`~dapo_trl.execution.remote.RemoteExecutor`], which have the defaults.
+    """
+
+    isolation: str = "auto"
+    num_workers: int | None = None
+    python: str | None = None
+    cpu: float | None = None
+    wall: float | None = None
+    memory: int | None = None
+    url: str | None = None
+
+
+TEMPLATES = {  # how questions are put, for each verifier
+    "math": "Question: {question}\nAnswer, step by step, one step a line, and end with '#### <result>'.\n",
+    "code": "{question}",
+}
 _CHOICES = {
+    "verifier": list(TEMPLATES),
     "engine": ["transformers", "openai", "vllm"],
     "values": ["critic", "monte_carlo", "shrinkage", "both"],
     "critic_states": ["solutions", "candidates"],
 }
-_PRIVATE = ("output_dir", "server_urls", "estimate", "report_to", "max_concurrency")  # what belongs to this machine
+# What belongs to this machine.
+_PRIVATE = ("output_dir", "server_urls", "executor", "estimate", "report_to", "max_concurrency")
 _LEAST = {
     "seed": 0,
     "iterations": 1,
@@ -68,9 +90,39 @@ class RecipeArguments:
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split to evaluate on. If there is none, problems are held out."}
     )
-    prompt_template: str = field(
-        default="Question: {question}\nAnswer, step by step, one step a line, and end with '#### <result>'.\n",
-        metadata={"help": "How a question is put, for models without a chat template too."},
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Other problems to evaluate on, all of them: Hub name or file. HumanEval's and MBPP's too."},
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a question is put, for models without a chat template too. Default: with a request to end "
+            "with '#### <result>', or for `verifier: code` as it is."
+        },
+    )
+    verifier: str = field(
+        default="math",
+        metadata={
+            "help": "What judges solutions: 'math' compares final answers, 'code' runs unit tests.",
+            "choices": _CHOICES["verifier"],
+        },
+    )
+    allow_execution: bool = field(
+        default=False,
+        metadata={"help": "Run the programs that the model writes, as HF_ALLOW_CODE_EVAL=1 does. Read docs/code.md."},
+    )
+    executor: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "What runs programs, as YAML section or JSON: isolation ('auto', 'bubblewrap', 'namespaces', "
+            "'process'), num_workers (one a core), python (interpreter with packages), cpu (5 seconds), wall (20 "
+            "seconds), memory (bytes, 512 MiB); or url (of a service)."
+        },
+    )
+    step_separator: str = field(
+        default="\n",
+        metadata={"help": "Text that ends a step, or '<statements>' of Python code. Paper: a newline."},
     )
     num_train_problems: int | None = field(default=None, metadata={"help": "Problems to train on; all by default."})
     num_test_problems: int = field(default=1000, metadata={"help": "Problems to evaluate on."})
@@ -147,6 +199,9 @@ class RecipeArguments:
         default_factory=dict, metadata={"help": "Arguments of `DAPOConfig`, as YAML section or JSON."}
     )
     eval_k: int = field(default=4, metadata={"help": "Samples per test problem, for mean@k and pass@k."})
+    eval_pass_k: list[int] = field(
+        default_factory=list, metadata={"help": "Other k of pass@k, up to `eval_k`, estimated from the same samples."}
+    )
     estimate: dict[str, Any] = field(
         default_factory=dict,
         metadata={
@@ -184,6 +239,9 @@ class RecipeArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.{_WHY.get(name, '')}")
+        for k in self.eval_pass_k:
+            if not 1 <= k <= self.eval_k:
+                raise ValueError(f"`eval_pass_k` must be from 1 to `eval_k`, which is {self.eval_k}, got {k}.")
         if self.temperature == 0:
             raise ValueError("`temperature` must be positive: greedy solutions of a problem are all the same.")
         for name, known in _CHOICES.items():
@@ -192,6 +250,8 @@ class RecipeArguments:
                 raise ValueError(f"`{name}` must be {names} or {known[-1]!r}, got {getattr(self, name)!r}.")
         if self.values == "both" and self.iterations > 1:
             raise ValueError('`values="both"` trains two policies; several iterations need one. Choose one of them.')
+        self.prompt_template = self.prompt_template or TEMPLATES[self.verifier]
+        self.step_separator = self.step_separator.replace("\\n", "\n")
         if "{question}" not in self.prompt_template:
             raise ValueError(f"`prompt_template` must contain {{question}}, got {self.prompt_template!r}.")
         if self.engine == "openai" and self.iterations > 1:
@@ -201,12 +261,14 @@ class RecipeArguments:
         if (self.engine == "openai") != bool(self.server_urls):
             raise ValueError('`server_urls` and `engine="openai"` belong together; give both or neither.')
         self._read_sections()
+        if self.executor and self.verifier != "code":
+            raise ValueError(f'`executor` is about `verifier="code"`, not {self.verifier!r}. Remove it.')
         if self.server and self.engine != "openai":
             raise ValueError(f'`server` is about `engine="openai"`, not {self.engine!r}. Remove it.')
         self.rollout_config(0)  # refuses numbers that do not fit before anything is loaded
 
     def _read_sections(self) -> None:
-        for section, kind in (trainer_configs() | {"server": ServerArguments}).items():
+        for section, kind in (trainer_configs() | {"server": ServerArguments, "executor": ExecutorArguments}).items():
             entries = read_settings(getattr(self, section), kind, section=section)
             if "output_dir" in entries:
                 raise ValueError(f"`{section}.output_dir` is a folder of `output_dir`. Remove it, or set `output_dir`.")
@@ -223,6 +285,7 @@ class RecipeArguments:
             num_completions=self.num_completions,
             min_completions=self.min_completions,
             precision=self.precision,
+            separator=self.step_separator,
             sampling=SamplingConfig(max_new_tokens=self.max_new_tokens, temperature=self.temperature),
             seed=self.seed + 1_000_003 * iteration,
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from dapo_trl.execution.unit_tests import shown_answer
 from dapo_trl.files import named_damage, read_parquet
 from dapo_trl.inspection import color
 from dapo_trl.problem_tree import Node, Row, add_critic, best_first, build_tree, note_advantages, solution_path
@@ -182,7 +183,7 @@ def _problem(part: Iteration, root: Node, rows: list[Row], is_held_out: bool) ->
         part.title,
         rows[0]["problem_id"],
         root.step,
-        "" if answer is None else str(answer),
+        "" if answer is None else shown_answer(str(answer)),
         is_held_out,
         root,
         solutions,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dapo_trl.code_steps import STATEMENTS, statement_ends
 from dapo_trl.continuations import text_context
 from dapo_trl.engines import Completion, Engine, OnCompletion, PrefixError, SamplingConfig, sample_seed
 from dapo_trl.judging import RewardFunction, judge
@@ -48,7 +49,8 @@ class RolloutConfig:
             How to sample. `max_new_tokens` bounds a whole solution: a completion of a state gets what the state's steps
             leave of it, as much as one that passes there.
         separator (`str`, *optional*, defaults to `"\\n"`):
-            Text that ends a step.
+            Text that ends a step; or `"<statements>"`, for the statements of Python code, see
+            [`~dapo_trl.code_steps.statement_ends`].
         skip_uniform (`bool`, *optional*, defaults to `True`):
             Skip problems whose solutions are all correct or all wrong: hardly any choice matters there, and most of the
             tokens are spent on their completions. They are counted.
@@ -363,9 +365,10 @@ class _Sampler:
         self.on_completion = on_completion
         self.counts: Counter[str] = Counter()
         self.lineage = {"generator": engine.name, "tokenizer_fingerprint": tokenizer_fingerprint(engine.tokenizer)}
+        separator = statement_ends if config.separator == STATEMENTS else config.separator
         # a policy that is sure of itself says the same again and again
-        self._split = lru_cache(_NUM_REMEMBERED)(partial(_split, engine.tokenizer, config.separator))
-        self._alters = lru_cache(_NUM_REMEMBERED)(partial(_alters, engine.tokenizer, config.separator))
+        self._split = lru_cache(_NUM_REMEMBERED)(partial(_split, engine.tokenizer, separator))
+        self._alters = lru_cache(_NUM_REMEMBERED)(partial(_alters, engine.tokenizer, separator))
 
     def sample(self, requests: Sequence[_Request]) -> list[list[Rollout]]:
         """Judged completions of each request, in the order of its seeds."""

@@ -76,8 +76,10 @@ def print_evaluation(evaluation: dict[str, Any]) -> None:
         return
     k = evaluation["k"]
     num_samples = evaluation["num_problems"] * (k + 1)
+    passed = (evaluation.get("pass_at") or {}) | {str(k): evaluation["pass_at_k"]}
+    shown = ", ".join(f"pass@{number} {Estimate(**found)}" for number, found in passed.items())
     console.print(
-        f"greedy {Estimate(**evaluation['greedy'])}, mean@{k} {Estimate(**evaluation['mean_at_k'])}; "
+        f"greedy {Estimate(**evaluation['greedy'])}, mean@{k} {Estimate(**evaluation['mean_at_k'])}, {shown}; "
         f"{evaluation['truncated']:,} of {num_samples:,} samples truncated, {evaluation['not_judged']:,} not judged"
     )
 
