@@ -54,6 +54,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/gate.py --task word_problems --seeds 0 1 2 3 4
 	$(BIN)/python benchmarks/iterations.py
 	$(BIN)/python benchmarks/kill.py
+	$(BIN)/python benchmarks/execution.py
+	$(BIN)/python benchmarks/code_demo.py
 	$(BIN)/python benchmarks/servers.py
 
 # The requirements are in setup.cfg; a change there, or of the pinned versions, installs anew.

@@ -29,11 +29,11 @@ UNRECORDED = {"seed", "output_dir", "prompt_template", "dataset_name", "dataset_
 UNRECORDED |= {"report_to", "max_concurrency", "precision", "estimate"}
 
 
-def run(seed: int, output_dir: Path) -> dict:
-    """One run of the demo in a process of its own, with its wall-clock time."""
+def run(seed: int, output_dir: Path, example: str = "math.py", *arguments: str) -> dict:
+    """One run of an example in a process of its own, with its wall-clock time."""
     results = output_dir / "results.json"
     if not results.exists():
-        command = [sys.executable, str(REPOSITORY / "examples" / "math.py")]
+        command = [sys.executable, str(REPOSITORY / "examples" / example), *arguments]
         start = time.perf_counter()
         subprocess.run([*command, "--seed", str(seed), "--output_dir", str(output_dir)], check=True)
         finished = json.loads(results.read_text()) | {"wall_seconds": time.perf_counter() - start}

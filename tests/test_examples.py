@@ -162,3 +162,79 @@ def test_splits_of_the_demo_share_no_problem():
     for split, own in prompts.items():
         for other, theirs in prompts.items():
             assert split == other or not own & theirs
+
+
+# ---- Programs ----
+
+
+CODE = REPOSITORY / "examples" / "code.py"
+
+
+def test_programs_in_small(tmp_path, commands):
+    """All stages of the demo of programs with few problems; its student is right about half of the time."""
+    few = ("--num_train_problems", "16", "--num_test_problems", "16", "--eval_k", "2", "--critic.num_train_epochs", "1")
+    few += ("--policy.max_steps", "3", "--allow_unfit_critic", "true", "--eval_pass_k", "1")
+    recipe = REPOSITORY / "examples" / "recipes" / "code-demo.yaml"
+    folder, log = tmp_path / "run", tmp_path / "log"
+    code, text = commands.run("run", recipe, *few, "--output_dir", folder, "--allow_execution", "true", output=log)
+    assert code == 0, text[-3000:]
+    results = json.loads((folder / "results.json").read_text())
+    assert 0.1 < results["before"]["mean_at_k"]["mean"] < 0.9 and results["before"]["not_judged"] == 0
+    assert set(results["policy_critic"]["pass_at"]) == {"1"}
+    manifest = json.loads((folder / "sampled" / "manifest.json").read_text())
+    assert manifest["counts"]["problems_with_signal"] > 0 and manifest["counts"]["not_judged"] == 0
+    code, text = commands.run("inspect", folder, output=tmp_path / "shown")
+    assert code == 0 and "unit tests" in text and '"cases"' not in text
+
+
+def test_programs_are_run_only_if_that_is_allowed(tmp_path):
+    """The example as it stands says what to do, and has started nothing."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_ALLOW_CODE_EVAL"}
+    words = [sys.executable, str(CODE), "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 2 and "set HF_ALLOW_CODE_EVAL=1 to allow it" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_example_does_not_hide_the_debuggers_module():
+    """`import code`, anywhere, finds the standard library's, from which `pdb` starts its console."""
+    check = "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_path(sys.argv[2]); "
+    check += "import code, pdb; assert code.InteractiveConsole and sys.argv[1] not in sys.path"
+    subprocess.run([sys.executable, "-c", check, str(CODE.parent), str(CODE)], check=True, timeout=300)
+
+
+def test_recipes_of_the_example_of_programs():
+    spec = importlib.util.spec_from_file_location("example_of_programs", CODE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.choose_recipe([]).endswith("code-demo.yaml")
+    assert module.choose_recipe(["--model-name-or-path=x"]).endswith("code.yaml")
+    with pytest.raises(SystemExit, match="`--dataset_name` needs `--model_name_or_path`"):
+        module.choose_recipe(["--dataset_name", "some.jsonl"])
+
+
+def test_the_task_of_programs():
+    """Right solutions pass their own tests, and what the task calls right is what an executor passes."""
+    sys.path.append(str(STUDENT))
+    import random
+
+    import programs
+    from dapo_trl.execution import Program, UnitTests
+    from dapo_trl.execution.local import LocalExecutor
+
+    rng, problems = random.Random(0), programs.make_problems("validation", 60, 0)
+    splits = {name: {row["prompt"] for row in programs.make_problems(name, 200, 0)} for name in programs.SPLITS}
+    assert sum(map(len, splits.values())) == len(set().union(*splits.values()))
+    solutions = [programs.correct_solution(row) for row in problems]
+    assert all(map(programs.is_correct, problems, solutions))
+    solutions = [programs.demonstration(row, rng) for row in problems] + solutions[:5]
+    rows = [*problems, *problems[:5]]
+    outcomes = LocalExecutor(True).run(
+        [
+            Program(row["prompt"] + text, UnitTests.from_json(row["answer"]))
+            for row, text in zip(rows, solutions, strict=True)
+        ]
+    )
+    assert [outcome.verdict == "passed" for outcome in outcomes] == list(map(programs.is_correct, rows, solutions))
+    assert not programs.is_correct(problems[0], "    x = eval(x)\n    return x")
+    assert not programs.is_correct(problems[0], "")

@@ -75,7 +75,7 @@ def test_python_examples_of_the_readme():
     assert all(hasattr(dapo_trl, name) for name in names)
 
 
-@pytest.mark.parametrize("name", ["pipeline.md"])
+@pytest.mark.parametrize("name", ["pipeline.md", "code.md"])
 def test_examples_of_the_docs_run(name):
     results = doctest.testfile(str(REPOSITORY / "docs" / name), module_relative=False)
     assert results.attempted > 0 and results.failed == 0

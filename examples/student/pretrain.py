@@ -29,7 +29,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 # Proofread solutions have more slips than demonstrations, so that right and wrong lines are about as frequent.
 PROOFREAD_SLIP_RATE = 0.15
 IGNORED = -100
-TASKS = ("arithmetic", "word_problems")  # modules beside this one
+TASKS = ("arithmetic", "word_problems", "programs")  # modules beside this one
 
 
 def make_tokenizer(task) -> PreTrainedTokenizerFast:
