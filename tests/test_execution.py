@@ -517,7 +517,7 @@ def test_an_ordinary_user():
     if os.geteuid() != 0 or not os.access(SYSTEM_PYTHON, os.X_OK):
         pytest.skip("it takes root to become somebody else, and a Python that everybody may run")
     script = AS_A_USER.replace("KINDS", repr(KINDS)).replace("SOURCES", "(threads, writes, bomb, gains, root)")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # whose parents everybody may pass
         os.chmod(folder, 0o755)
         shutil.copytree(Path(dapo_trl.__file__).parent, Path(folder) / "dapo_trl")
         environment = {"PYTHONPATH": folder, "PATH": os.environ["PATH"]}
