@@ -18,6 +18,13 @@ from recording import REPOSITORY, interval, keep, origin, origin_in_words, write
 METRICS = {"greedy": "greedy", "mean_at_k": "mean@4"}
 
 
+def rise(record: dict, metric: str) -> tuple[str, float]:
+    """Mean over the seeds with its interval, and the lowest, in points."""
+    rises = [found["after"][metric]["mean"] - found["before"][metric]["mean"] for found in record["runs"].values()]
+    mean, half = interval(rises)
+    return f"{mean:.1f} ± {half:.1f}", 100 * min(rises)
+
+
 def details(record: dict) -> str:
     titles = [f"{title}: {when}" for title in METRICS.values() for when in ("before", "after")]
     lines = [f"| seed | {' | '.join(titles)} | minutes |", "|---" * (len(titles) + 2) + "|"]
@@ -26,9 +33,8 @@ def details(record: dict) -> str:
         lines.append(f"| {seed} | {' | '.join(cells)} | {found['wall_seconds'] / 60:.1f} |")
     cells = []
     for metric in METRICS:
-        rises = [found["after"][metric]["mean"] - found["before"][metric]["mean"] for found in record["runs"].values()]
-        mean, half = interval(rises)
-        cells += ["", f"{mean:+.1f} ± {half:.1f} (lowest {100 * min(rises):+.1f})"]
+        mean, lowest = rise(record, metric)
+        cells += ["", f"+{mean} (lowest {lowest:+.1f})"]
     lines.append(f"| rise | {' | '.join(cells)} | |")
     return f"{origin_in_words(record)} Isolation: `{record['isolation']}`.\n\n" + "\n".join(lines)
 

@@ -56,6 +56,7 @@ def test_documents_say_what_was_measured(mark):
 
 
 def test_readme_says_what_was_measured():
+    import code_demo
     import demo
     import iterations
 
@@ -65,6 +66,10 @@ def test_readme_says_what_was_measured():
     assert " ".join(demo.table(records["demo"]).split()) in text
     assert " ".join(report.short(records["learning"]).split()) in text
     assert f"by another {iterations.rise(records['iterations']['runs'], 'mean@4').lstrip('+')} points" in text
+    rise, lowest = code_demo.rise(records["code_demo"], "mean_at_k")
+    assert f"raises the mean of four samples on test problems by {rise} points" in text and lowest >= 10
+    minutes = [found["wall_seconds"] / 60 for found in records["code_demo"]["runs"].values()]
+    assert "in one to six minutes" in text and 1 <= min(minutes) and round(max(minutes)) <= 6
     measured = records["prefix_tree"]["results"]
     long, short = (measured["speed"][name]["ratio"] for name in ("200 x 20 x 30 x 8", "100 x 6 x 20 x 4"))
     assert f"1/{long:.0f} of the time of padded sequences and {measured['memory']['ratio']:.0%} of their memory" in text
