@@ -39,6 +39,7 @@ MARKS = {  # in the documents, of the scripts that have written between them
     "kill": "kill",
     "servers": "servers",
     "gate-word_problems": "gate",
+    "execution": "execution",
     "code demo": "code_demo",
 }
 RECORDS = {"values": "values", "gate-word_problems": "gate-word_problems"}  # of marks, if not called as the script
