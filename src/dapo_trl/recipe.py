@@ -49,6 +49,7 @@ from dapo_trl.settings import SettingsError
 from dapo_trl.stages import process_state, rows_fingerprint
 from dapo_trl.summary import print_evaluation, print_next, print_results, print_title
 from dapo_trl.tables import table_features, with_problem_ids
+from dapo_trl.verifiers.code import CodeVerifier, make_executor
 from dapo_trl.verifiers.math import math_reward
 
 
@@ -210,8 +211,6 @@ class Recipe:
             allow_execution(self.arguments.allow_execution or None)
         except ExecutionNotAllowedError as error:
             raise SettingsError(f"`verifier: code`: {error} In a recipe: `allow_execution: true`.") from error
-        from dapo_trl.verifiers.code import CodeVerifier, make_executor
-
         given = {name: value for name, value in self.arguments.executor.items() if value is not None}
         try:
             return CodeVerifier(make_executor(num_processes=self._state.num_processes, **given))

@@ -51,14 +51,18 @@ class Isolation:
 
     @property
     def command(self) -> list[str]:
-        """Our code in the interpreter: nothing from the environment, and without packages if there shall be none."""
-        return [self._executable, "-s", "-P", *([] if self._has_packages else ["-S"]), "-c", _BOOTSTRAP]
+        """Our code in the interpreter."""
+        return self._words(_BOOTSTRAP)
+
+    def _words(self, code: str) -> list[str]:
+        """Code in the interpreter: nothing from the environment, and without packages if there shall be none."""
+        return [self._executable, "-s", "-P", *([] if self._has_packages else ["-S"]), "-c", code]
 
     @cached_property
     def _made_of(self) -> tuple[tuple[int, int], list[str], str]:
         """Version of the interpreter, its folders, and a file of its standard library."""
-        words = [self._executable, "-s", "-P", *([] if self._has_packages else ["-S"]), "-c", _ASK]
-        version, folders, file = json.loads(subprocess.run(words, check=True, capture_output=True, env={}).stdout)
+        done = subprocess.run(self._words(_ASK), check=True, capture_output=True, env={})
+        version, folders, file = json.loads(done.stdout)
         return (version[0], version[1]), folders, file
 
     def missing(self) -> str | None:

@@ -24,7 +24,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import IO, Any
 
-from dapo_trl.execution import Limits, Outcome, Program, allow_execution
+from dapo_trl.execution import Limits, Outcome, Program
+from dapo_trl.execution import allow_execution as refuse_unless_allowed
 from dapo_trl.execution.isolation import BARE, KINDS, Isolation
 from dapo_trl.execution.unit_tests import UnitTests, job_of, same_output, script_outcome
 
@@ -93,13 +94,15 @@ class LocalExecutor:
         num_workers: int | None = None,
         python: str | None = None,
     ) -> None:
-        _allow(allow_execution)
+        refuse_unless_allowed(allow_execution)
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"`num_workers` must be at least 1, or None for a default, got {num_workers}.")
         if isolation not in ("auto", *KINDS):
             raise ValueError(f"`isolation` must be 'auto' or one of {', '.join(map(repr, KINDS))}, got {isolation!r}.")
         self.limits = limits or Limits()
         self.num_workers = num_workers or os.cpu_count() or 1
+        # Of tests that are arguments and results: data, no code of others in the process that compares them.
+        self._bare = Isolation(BARE)
         self._isolation, self._server = self._choose(isolation, python)
         weakref.finalize(self, self._server.close)
 
@@ -197,8 +200,7 @@ class LocalExecutor:
         with ExitStack() as stack:
             ends = [stack.enter_context(end) for end in socket.socketpair()]
             run = _Run(self, stack, "program", {"source": program.source}, rpc=ends[0])
-            # Arguments and results are data: there is no code of others in the process that compares them.
-            isolation = Isolation(BARE) if program.tests.cases else None
+            isolation = self._bare if program.tests.cases else None
             job = job_of(program.tests, count_tests)
             tester = _Run(self, stack, "tester", job, rpc=ends[1], isolation=isolation)
             for end in ends:
@@ -212,9 +214,6 @@ class LocalExecutor:
         outcome, ended = Outcome.of_verdict(found), run.outcome()
         is_over = ended is not None and (outcome.verdict == "failed" or ended.verdict == "output")
         return replace(ended, share=outcome.share) if is_over and ended is not None else outcome
-
-
-_allow = allow_execution
 
 
 class _Server:

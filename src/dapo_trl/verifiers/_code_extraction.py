@@ -99,10 +99,8 @@ def _before(prompt: str, entry_point: str) -> str:
 
 def _goes_on(completion: str, prompt: str) -> str | None:
     """The prompt and as much of a completion as is Python together."""
-    lines = [*prompt.splitlines(keepends=True)]
-    num_given = len(lines)
-    if lines and not lines[-1].endswith("\n"):  # the completion ends the prompt's last line
-        num_given -= 1
+    given = prompt.splitlines(keepends=True)
+    num_given = len(given) - (not given[-1].endswith("\n"))  # the completion may end the prompt's last line
     lines = (prompt + completion).splitlines(keepends=True)
     _, number = longest_parse(lines)
     return "".join(lines[:number]).rstrip("\n") if number > num_given else None
@@ -111,7 +109,8 @@ def _goes_on(completion: str, prompt: str) -> str | None:
 def _amid_prose(text: str, entry_point: str) -> str | None:
     """The lines that are Python, from the first on that begins code."""
     lines = text.splitlines(keepends=True)
-    if text.strip() and longest_parse(lines)[1] == len(lines) and not _is_prose(text):
+    tree, number = longest_parse(lines)
+    if tree is not None and text.strip() and number == len(lines) and not _is_prose(tree):
         return text
     starts = [
         i for i, line in enumerate(lines) if line.startswith(("def ", "class ", "import ", "from ", "@", "async "))
@@ -129,11 +128,10 @@ def _amid_prose(text: str, entry_point: str) -> str | None:
     return None
 
 
-def _is_prose(text: str) -> bool:
+def _is_prose(tree: ast.Module) -> bool:
     """Whether a text that parses is a name or a number only, as a word is."""
-    tree, _ = longest_parse(text.splitlines(keepends=True))
     values = (ast.Name, ast.Constant, ast.Tuple)
-    return tree is None or all(isinstance(node, ast.Expr) and isinstance(node.value, values) for node in tree.body)
+    return all(isinstance(node, ast.Expr) and isinstance(node.value, values) for node in tree.body)
 
 
 def _defines(code: str, name: str) -> bool:

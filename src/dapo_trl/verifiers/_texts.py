@@ -2,7 +2,28 @@
 The text of a completion, whatever form TRL has it in.
 """
 
+from collections.abc import Sequence
 from typing import Any
+
+
+def refuse_other_length(answer: Sequence[Any], number: int, what: str) -> None:
+    """
+    Refuse answers that are not one for each completion.
+
+    Args:
+        answer (sequence):
+            What was passed.
+        number (`int`):
+            Completions.
+        what (`str`):
+            What a list of them holds, for the message.
+
+    Raises:
+        ValueError: If there are more or fewer, or one string.
+    """
+    if isinstance(answer, str) or len(answer) != number:
+        given = "one string" if isinstance(answer, str) else f"{len(answer)} rows"
+        raise ValueError(f"`answer` is {given} for {number} rows of `completions`; pass a list with {what}")
 
 
 def completion_text(row: int, completion: Any) -> str:

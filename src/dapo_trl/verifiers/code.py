@@ -17,7 +17,7 @@ from typing import Any
 from dapo_trl.execution import Executor, Limits, Outcome, Program, UnitTests
 from dapo_trl.execution.local import LocalExecutor
 from dapo_trl.verifiers._code_extraction import extract_code
-from dapo_trl.verifiers._texts import completion_text
+from dapo_trl.verifiers._texts import completion_text, refuse_other_length
 
 
 __all__ = ["CodeVerifier", "check_tests", "code_reward", "default_code_verifier", "extract_code"]
@@ -172,11 +172,7 @@ def _key(code: str | None, tests: UnitTests) -> bytes:
 def _tests_of(prompts: Any, answer: Any, columns: dict[str, Any], number: int) -> list[UnitTests]:
     """Tests of each row."""
     if answer is not None:
-        if isinstance(answer, str) or len(answer) != number:
-            given = "one string" if isinstance(answer, str) else f"{len(answer)} rows"
-            raise ValueError(
-                f"`answer` is {given} for {number} rows of `completions`; pass a list with the tests of each completion"
-            )
+        refuse_other_length(answer, number, "the tests of each completion")
         return [_read_tests(row, text) for row, text in enumerate(answer)]
     known: dict[str, Any] = {name: columns[name] for name in _TEST_COLUMNS if columns.get(name) is not None}
     if prompts is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from dapo_trl.verifiers._answers import Kind, read_answer, same
 from dapo_trl.verifiers._extraction import extract_answer
-from dapo_trl.verifiers._texts import completion_text
+from dapo_trl.verifiers._texts import completion_text, refuse_other_length
 from dapo_trl.verifiers._worker_pool import Question, WorkerPool
 
 
@@ -99,12 +99,7 @@ class MathVerifier:
         """
         Rewards of completions; see [`math_reward`].
         """
-        if isinstance(answer, str) or len(answer) != len(completions):
-            given = "one string" if isinstance(answer, str) else f"{len(answer)} rows"
-            raise ValueError(
-                f"`answer` is {given} for {len(completions)} rows of `completions`; pass a list with one gold answer "
-                "per completion"
-            )
+        refuse_other_length(answer, len(completions), "one gold answer per completion")
         golds = [_gold_text(row, gold) for row, gold in enumerate(answer)]
         stated = [extract_answer(completion_text(row, completion)) for row, completion in enumerate(completions)]
         verdicts = self._judge(list(zip(golds, stated, strict=True)))

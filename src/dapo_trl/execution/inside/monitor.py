@@ -162,10 +162,11 @@ def _watch(child, stop, deadline, config):
             return {"reason": "stopped", "code": 0}
         if time.monotonic() >= deadline:
             return {"reason": "wall", "code": 0}
-        excess = _excess(limits, config.get("folder"))
+        started = _started()
+        excess = _excess(started, limits, config.get("folder"))
         if excess:
             return {"reason": excess, "code": 0}
-        _reap_others(child)
+        _reap([pid for pid in started if pid != child])
 
 
 def _cpu_of_children():
@@ -173,9 +174,9 @@ def _cpu_of_children():
     return times.children_user + times.children_system
 
 
-def _excess(limits, folder):
+def _excess(started, limits, folder):
     """What all that was started uses too much of together."""
-    used = [_usage(pid) for pid in _descendants(os.getpid())[1:]]
+    used = [_usage(pid) for pid in started]
     if len(used) > limits["processes"] + _OF_BUBBLEWRAP:
         return "processes"
     if sum(pages for pages, _ in used) * _PAGE > limits["memory"]:
@@ -185,9 +186,9 @@ def _excess(limits, folder):
     return "disk" if folder and _size(folder) > limits["disk"] else None
 
 
-def _descendants(pid):
-    """A process and all that come from it; only itself where the system does not say."""
-    found, left = [], [pid]
+def _started():
+    """All processes that come from this one; none where the system does not say."""
+    found, left = [], [os.getpid()]
     while left:
         each = left.pop()
         found.append(each)
@@ -197,7 +198,7 @@ def _descendants(pid):
                     left += map(int, file.read().split())
         except OSError:
             continue
-    return found
+    return found[1:]
 
 
 def _usage(pid):
@@ -229,20 +230,19 @@ def _size(folder):
     return total
 
 
-def _reap_others(child):
+def _reap(pids):
     """Orphans that have ended."""
-    for pid in _descendants(os.getpid())[1:]:
-        if pid != child:
-            try:
-                os.waitpid(pid, os.WNOHANG)
-            except OSError:  # a grandchild
-                pass
+    for pid in pids:
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except OSError:  # a grandchild
+            pass
 
 
 def _end_all():
     """Kill everything that was started, until there is nothing left."""
     while True:
-        for pid in _descendants(os.getpid())[1:]:
+        for pid in _started():
             try:
                 os.kill(pid, signal.SIGKILL)
             except OSError:

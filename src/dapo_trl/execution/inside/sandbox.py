@@ -264,18 +264,14 @@ def forbid_system_calls(is_alone):
     Args:
         is_alone (`bool`):
             Whether no other processes can be seen. Otherwise signals reach this process only.
-
-    Returns:
-        `bool`: whether there is a filter for this machine.
     """
     machine = os.uname().machine
     if sys.platform != "linux" or machine not in FORBIDDEN or sys.byteorder != "little":
-        return False
+        return
     code = b"".join(struct.pack("=HBBI", *each) for each in _filter(machine, None if is_alone else os.getpid()))
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
     _check(_libc().prctl(_SET_SECCOMP, ctypes.c_ulong(2), program, 0, 0), "seccomp")
-    return True
 
 
 def _filter(machine, only_signals_to):
