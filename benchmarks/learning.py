@@ -10,7 +10,7 @@ them over all is taken: a setting that is good once may fail the next time. Late
 longer, begin with the settings of the first and search the learning rate, on the first of the seeds.
 Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
 none of which anything was trained on: greedily, and 8 samples a problem at temperature 1. Intervals are Student's t
-over seeds; differences are paired: of the same seed. Later tasks have the first five of the seeds.
+over seeds; differences are paired: of the same seed. Later tasks have the first five of the seeds, and one iteration.
 
 A benchmark that was killed goes on where it was, also from `benchmarks/results/jobs.jsonl` of an earlier one: delete
 that and `runs/learning` to measure everything again. Writes `benchmarks/results/learning.json`, the tables in
@@ -68,7 +68,7 @@ MAX_ROUNDS = 6  # of the search
 TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
 # With which two iterations of half the problems generate as many tokens as one of all: a policy that solves nearly all
 # problems leaves few that have right and wrong solutions, and so needs few completions.
-SOLUTIONS_OF_TWICE: dict[str, Settings] = {"arithmetic": {"num_solutions": 13}, "word_problems": {}}
+SOLUTIONS_OF_TWICE = {"num_solutions": 13}
 
 
 def first_of(axes: tuple[Axis, ...]) -> list[Settings]:
@@ -152,14 +152,16 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names}
 
 
-def compare(task: str, search: Search, seeds: Sequence[int], folder: Path, num_processes: int) -> dict[str, Any]:
+def compare(
+    task: str, search: Search, twice: dict[str, str], seeds: Sequence[int], folder: Path, num_processes: int
+) -> dict[str, Any]:
     """Tune on the tuning seeds, report the others."""
     tuned = tune(task, search, folder, num_processes)
     settings = {"student": {}} | {method: found["chosen"] for method, found in tuned.items()}
-    settings |= {method: tuned[like]["chosen"] | SOLUTIONS_OF_TWICE[task] for method, like in TWICE.items()}
+    settings |= {method: tuned[like]["chosen"] | SOLUTIONS_OF_TWICE for method, like in twice.items()}
     jobs = [job_of(task, seed, method, "test", given) for method, given in settings.items() for seed in seeds]
     results = run_jobs(jobs, folder, num_processes)
-    by_method: dict[str, dict[str, Any]] = {method: {} for method in TITLES}
+    by_method: dict[str, dict[str, Any]] = {method: {} for method in TITLES if method in settings}
     for job, result in zip(jobs, results, strict=True):
         by_method[job.method][str(job.seed)] = _kept(result)
     tokens = {seed: run["tokens"] for seed, run in by_method["critic"].items()}
@@ -180,11 +182,13 @@ def main() -> None:
         "problems": {"test": NUM_TEST, "validation": NUM_VALIDATION},
         "tasks": {},
     }
-    search, seeds = Search({method: first_of(axes) for method, axes in AXES.items()}, AXES, TUNING_SEEDS), given.seeds
+    search = Search({method: first_of(axes) for method, axes in AXES.items()}, AXES, TUNING_SEEDS)
+    seeds, twice = given.seeds, TWICE
     for task in given.tasks:
-        record["tasks"][task] = compare(task, search, seeds, given.output_dir, given.num_processes)
+        record["tasks"][task] = compare(task, search, twice, seeds, given.output_dir, given.num_processes)
         chosen = {method: [found["chosen"]] for method, found in record["tasks"][task]["tuning"].items()}
-        search, seeds = Search(chosen, AXES_LATER, TUNING_SEEDS[:1]), given.seeds[:NUM_SEEDS_LATER]
+        search = Search(chosen, AXES_LATER, TUNING_SEEDS[:1])
+        seeds, twice = given.seeds[:NUM_SEEDS_LATER], {}
         print(table(record["tasks"][task]))
         keep(record, "learning")
     write_between(REPOSITORY / "benchmarks" / "README.md", "learning", details(record))

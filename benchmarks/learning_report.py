@@ -39,8 +39,9 @@ def scores(task: dict[str, Any], method: str, metric: str) -> np.ndarray:
 
 
 def best(task: dict[str, Any], methods: Sequence[str], metric: str = METRICS[0]) -> str:
-    """The method with the highest mean."""
-    return max(methods, key=lambda method: scores(task, method, metric).mean())
+    """The method with the highest mean, of those that were tried on the task."""
+    tried = [method for method in methods if method in task["results"]]
+    return max(tried, key=lambda method: scores(task, method, metric).mean())
 
 
 def spread(numbers: Sequence[float], form: str = "") -> str:
@@ -105,7 +106,11 @@ def short(record: dict[str, Any]) -> str:
     titles = [f"{name.replace('_', ' ')}: {metric}" for name in tasks for metric in METRICS]
     lines = [f"| method | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for method in next(iter(tasks.values()))["results"]:
-        cells = [spread(scores(task, method, metric)) for task in tasks.values() for metric in METRICS]
+        cells = [
+            spread(scores(task, method, metric)) if method in task["results"] else ""
+            for task in tasks.values()
+            for metric in METRICS
+        ]
         lines.append(f"| {TITLES[method]} | {' | '.join(cells)} |")
     verdicts = [f"{name.replace('_', ' ').capitalize()}, {verdict(task)}" for name, task in tasks.items()]
     return "\n".join([*lines, "", " ".join(verdicts)])
@@ -120,6 +125,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
     for axis, (name, task) in zip(axes, tasks.items(), strict=True):
         for metric, marker, shift in zip(METRICS, "os", (0.12, -0.12), strict=True):
             for row, method in enumerate(methods):
+                if method not in task["results"]:
+                    continue
                 mean, half = interval(scores(task, method, metric))
                 color = "#4477aa" if method in OWN else "#bbbbbb" if method == "student" else "#ee6677"
                 filled = color if metric == METRICS[0] else "white"
