@@ -27,7 +27,7 @@ from dapo_trl.execution import (
     Program,
     UnitTests,
     allow_execution,
-    local,
+    monitor_server,
 )
 from dapo_trl.execution.isolation import KINDS, Isolation
 from dapo_trl.execution.local import LocalExecutor
@@ -404,7 +404,7 @@ def strict_executor(request, tmp_path_factory):
     mark, folder = f"strict-{os.getpid()}", tmp_path_factory.mktemp("temporary")
     folder.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(local._ENVIRONMENT, "MARK", mark)
+        patch.setitem(monitor_server.ENVIRONMENT, "MARK", mark)
         patch.setattr(tempfile, "tempdir", str(folder))
         before = open_descriptors()
         executor = make_executor(request.param, cpu=1, wall=3)
@@ -605,8 +605,9 @@ def test_programs_end_with_the_process_that_runs_them(executor, tmp_path):
     """Killed with SIGKILL while programs run, it leaves none of them."""
     mark = f"killed-{os.getpid()}"
     code = (
-        "from dapo_trl.execution import *; from dapo_trl.execution.local import LocalExecutor, _ENVIRONMENT\n"
-        f"_ENVIRONMENT['MARK'] = {mark!r}\n"
+        "from dapo_trl.execution import *; from dapo_trl.execution.local import LocalExecutor\n"
+        "from dapo_trl.execution.monitor_server import ENVIRONMENT\n"
+        f"ENVIRONMENT['MARK'] = {mark!r}\n"
         f"executor = LocalExecutor(True, isolation={executor.isolation!r}, python={python_for(executor.isolation)!r})\n"
         "print('ready', flush=True)\n"
         "tests = UnitTests(entry_point='double', test='assert double(2) == 4')\n"
@@ -628,7 +629,8 @@ def test_programs_end_with_the_process_that_runs_them(executor, tmp_path):
 def test_no_processes_left_is_no_verdict(executor, monkeypatch):
     """Where nothing can be started, nothing is judged."""
     monkeypatch.setattr(
-        "dapo_trl.execution.local.os.pipe", lambda: (_ for _ in ()).throw(OSError(24, "Too many open files"))
+        "dapo_trl.execution.sandboxed_process.os.pipe",
+        lambda: (_ for _ in ()).throw(OSError(24, "Too many open files")),
     )
     (outcome,) = executor.run([Program(hostile.RIGHT, DOUBLE)])
     assert outcome.verdict == "setup" and "Too many open files" in outcome.message and not outcome.is_judged

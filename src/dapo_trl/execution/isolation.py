@@ -6,9 +6,12 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,9 +113,7 @@ class Isolation:
             return config | {"shown": self.shown}
         if self.kind == "bubblewrap":
             return config | {"command": self._bubblewrap(limits)}
-        from dapo_trl.execution.local import work_folder
-
-        return config | {"folder": stack.enter_context(work_folder(self.is_nobody))}
+        return config | {"folder": stack.enter_context(_work_folder(self.is_nobody))}
 
     def _bubblewrap(self, limits: Limits) -> list[str]:
         """The command that runs our code in a sandbox."""
@@ -159,3 +160,28 @@ def _is_open(path: str) -> bool:
     """Whether everybody may go to a file and read it."""
     file = Path(os.path.realpath(path))
     return all(place.stat().st_mode & (0o001 if place.is_dir() else 0o004) for place in (file, *file.parents))
+
+
+@contextmanager
+def _work_folder(is_nobody: bool) -> Iterator[str]:
+    """An empty folder that is gone afterwards, whatever a program made of it."""
+    folder = tempfile.mkdtemp(prefix="dapo-trl-")
+    try:
+        if is_nobody:
+            os.chown(folder, 65534, 65534)
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder, also one whose folders are closed or deep; what cannot be removed stays."""
+    try:
+        os.chmod(folder, 0o700)
+        for _, names, _, here in os.fwalk(folder):
+            for name in names:
+                if stat.S_ISDIR(os.stat(name, dir_fd=here, follow_symlinks=False).st_mode):
+                    os.chmod(name, 0o700, dir_fd=here)
+    except (OSError, RecursionError):
+        pass
+    subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL, check=False)
