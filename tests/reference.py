@@ -26,6 +26,37 @@ def dapo_loss(
     return total / total_weight
 
 
+def listwise_loss(
+    logps: Sequence[float],
+    ref_logps: Sequence[float],
+    values: Sequence[float],
+    states: Sequence[int],
+    value_power: float,
+    ref_power: float,
+) -> float:
+    """Mean over states of the KL divergence of the policy's shares of the candidates from the targets' shares."""
+    divergences = []
+    for state in sorted(set(states)):
+        members = [i for i in range(len(states)) if states[i] == state]
+        scores = [math.exp(ref_logps[i]) ** ref_power * (values[i] + 0.001) ** value_power for i in members]
+        shares = [math.exp(logps[i]) for i in members]
+        divergence = 0.0
+        for score, share in zip(scores, shares, strict=True):
+            q, p = score / sum(scores), share / sum(shares)
+            divergence += q * (math.log(q) - math.log(p))
+        divergences.append(divergence)
+    return sum(divergences) / len(divergences)
+
+
+def log_partition(advantages: Sequence[float], beta: float, counts: Sequence[int], kind: str) -> float:
+    """Log of the mean of exp(A/beta) over all samples; or half the variance of A/beta above its mean."""
+    targets = [a / beta for a, count in zip(advantages, counts, strict=True) for _ in range(count)]
+    mean = sum(targets) / len(targets)
+    if kind == "gaussian":
+        return mean + sum((t - mean) ** 2 for t in targets) / len(targets) / 2
+    return math.log(sum(math.exp(t) for t in targets) / len(targets))
+
+
 def critic_loss(
     logits: Sequence[float], successes: Sequence[float], rollouts: Sequence[float], weighting: str = "rollouts"
 ) -> float:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import reference
-from dapo_trl.losses import critic_loss, critic_weights, dapo_loss
+from dapo_trl.losses import critic_loss, critic_weights, dapo_loss, listwise_loss
 
 
 def random_pairs(num_pairs: int = 12, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -201,6 +201,110 @@ class TestDapoLoss:
     def test_refuses_reduction(self):
         with pytest.raises(ValueError, match="`reduction` must be 'mean', 'sum' or 'none', got 'average'"):
             dapo_loss(*random_pairs()[:3], 0.1, reduction="average")
+
+
+class TestListwiseLoss:
+    @staticmethod
+    def random_states(num_states: int = 6, num_candidates: int = 4, seed: int = 0) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        logps, ref_logps = -5 * torch.rand(2, num_states * num_candidates, dtype=torch.float64, generator=generator)
+        values = torch.rand(num_states * num_candidates, dtype=torch.float64, generator=generator)
+        return logps, ref_logps, values, torch.arange(num_states).repeat_interleave(num_candidates)
+
+    def test_by_hand(self):
+        """
+        Two states of two candidates, of equal probability under policy and reference. Values 0.999 and 0.249 are, with
+        epsilon, 1 and 1/4, so that q = 4/5, 1/5 and KL = log 2 - H(q) = 0.8 log 1.6 + 0.2 log 0.4; squared they are 1
+        and 1/16, q = 16/17, 1/17. Equal values: q = p, and KL = 0. The mean is over the two states.
+        """
+        logps, state = tensor(0.5, 0.5, 0.1, 0.1).log(), torch.tensor([0, 0, 1, 1])
+        values = tensor(0.999, 0.249, 0.5, 0.5)
+        expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
+        each = listwise_loss(logps, logps, values, state, reduction="none").tolist()
+        assert each == [pytest.approx(expected, rel=1e-12), pytest.approx(0, abs=1e-15)]
+        assert listwise_loss(logps, logps, values, state).item() == pytest.approx(expected / 2, rel=1e-12)
+        assert listwise_loss(logps, logps, values, state, reduction="sum").item() == pytest.approx(expected, rel=1e-12)
+        squared = listwise_loss(logps, logps, values, state, value_power=2.0, reduction="sum").item()
+        assert squared == pytest.approx(16 / 17 * math.log(32 / 17) + 1 / 17 * math.log(2 / 17), rel=1e-12)
+
+    @pytest.mark.parametrize("powers", [(1.0, 1.0), (4.0, 0.1), (0.0, 1.0), (1.0, 0.0)])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_equals_loop(self, seed, powers):
+        given = self.random_states(seed=seed)
+        expected = reference.listwise_loss(*(x.tolist() for x in given), *powers)
+        loss = listwise_loss(*given, None, *powers)
+        assert loss.item() == pytest.approx(expected, rel=1e-11) and loss.item() > 0.01
+
+    def test_equal_values_ask_for_nothing_at_the_reference(self):
+        """Gradient 0; not so where the reference counts for less than the policy's own probability."""
+        _, ref_logps, values, state = self.random_states()
+        logps = ref_logps.clone().requires_grad_()
+
+        def gradient(values, **powers):
+            return torch.autograd.grad(listwise_loss(logps, ref_logps, values, state, **powers), logps)[0]
+
+        equal = torch.full_like(values, 0.3)
+        assert gradient(equal).abs().max() < 1e-15
+        assert gradient(values, value_power=0.0).abs().max() < 1e-15
+        assert gradient(values).abs().max() > 1e-3
+        assert gradient(equal, ref_power=0.5).abs().max() > 1e-3
+
+    def test_only_shares_among_the_candidates_count(self):
+        logps, ref_logps, values, state = self.random_states()
+        shifted = listwise_loss(logps + state, ref_logps - 3.0 * state, values, state)
+        assert shifted.item() == pytest.approx(listwise_loss(logps, ref_logps, values, state).item(), rel=1e-12)
+
+    def test_pairs_without_weight_are_not_there(self):
+        """Nor is a state that has no other pairs: it counts in no mean."""
+        given = self.random_states()
+        kept = given[3] != 2
+        kept[0] = False
+        weighted = listwise_loss(*given, kept.double() * 3)
+        alone = listwise_loss(*(x[kept] for x in given))
+        assert weighted.item() == pytest.approx(alone.item(), rel=1e-12)
+        assert listwise_loss(*given, kept.double(), reduction="none")[2].item() == 0
+        assert listwise_loss(*given).item() != pytest.approx(alone.item(), rel=1e-3)
+
+    def test_its_minimum_is_no_worse_than_the_reference(self):
+        """q = pi_ref V / E[V] over all actions succeeds with E[V^2] / E[V] >= E[V]; here V includes the epsilon."""
+        _, ref_logps, values, state = self.random_states(num_states=50)
+        ref_logps = ref_logps.view(50, 4).log_softmax(-1)
+        logps = (ref_logps + (values.view(50, 4) + 1e-3).log()).log_softmax(-1)
+        assert listwise_loss(logps.flatten(), ref_logps.flatten(), values, state).item() == pytest.approx(0, abs=1e-14)
+        success = [(x.exp() * values.view(50, 4)).sum(-1) for x in (logps, ref_logps)]
+        assert (success[0] > success[1]).all()
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_gradient(self, reduction):
+        """Autograd equals finite differences; by hand the gradient of KL(q || p) is p - q."""
+        logps, ref_logps, values, state = self.random_states()
+        logps.requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x: listwise_loss(x, ref_logps, values, state, reduction=reduction), logps
+        )
+        (gradient,) = torch.autograd.grad(listwise_loss(logps, ref_logps, values, state, reduction="sum"), logps)
+        q = (ref_logps.view(6, 4).exp() * (values.view(6, 4) + 1e-3)).flatten()
+        p = logps.detach().exp()
+        shares = [x / x.view(6, 4).sum(-1).repeat_interleave(4) for x in (p, q)]
+        torch.testing.assert_close(gradient, shares[0] - shares[1], rtol=1e-10, atol=1e-12)
+
+    def test_extreme_probabilities_stay_finite(self):
+        logps, state = torch.tensor([0.0, -400.0]), torch.tensor([0, 0])
+        loss = listwise_loss(logps.requires_grad_(), logps.detach(), torch.tensor([0.0, 1.0]), state)
+        assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, logps)[0]).all()
+
+    @pytest.mark.parametrize("name", ["logps", "ref_logps", "values", "state_index"])
+    def test_refuses_shapes_that_differ(self, name):
+        given = dict(zip(("logps", "ref_logps", "values", "state_index"), self.random_states(), strict=True))
+        with pytest.raises(ValueError, match="same shape"):
+            listwise_loss(**given | {name: given[name][:-1]})
+
+    def test_refuses_options(self):
+        given = self.random_states()
+        with pytest.raises(ValueError, match="Powers must be 0 or more"):
+            listwise_loss(*given, value_power=-1.0)
+        with pytest.raises(ValueError, match="`reduction` must be"):
+            listwise_loss(*given, reduction="max")
 
 
 class TestCriticLoss:

@@ -65,7 +65,8 @@ class DataCollatorForStepPolicy(_StepCollator):
     Collates tokenized rows for [`DAPOTrainer`]: tokens, and where the log-probability of each pair is gathered.
 
     Each example holds `"context_ids"` (list of int), `"branches"` (list of chains of steps, each a list of int),
-    `"advantages"` and `"weights"` (one float per step, in the order of the branches) and optionally `"ref_logps"`.
+    `"advantages"` and `"weights"` (one float per step, in the order of the branches) and optionally `"ref_logps"` and
+    `"values"`.
 
     The batch holds:
 
@@ -76,7 +77,7 @@ class DataCollatorForStepPolicy(_StepCollator):
       that token;
     - `"token_index"`, `"pair_index"` of shape `(M,)`: which of the N tokens count for which pair;
     - `"state_index"` of shape `(P,)`: the example of each pair;
-    - `"advantages"`, `"weights"` and, if given, `"ref_logps"` of shape `(P,)`, float32;
+    - `"advantages"`, `"weights"` and, if given, `"ref_logps"` and `"values"` of shape `(P,)`, float32;
     - `"num_tokens"`, `"num_pair_tokens"`: scalars, tokens of the batch without padding, and of one sequence per pair.
 
     Args:
@@ -112,7 +113,7 @@ class DataCollatorForStepPolicy(_StepCollator):
         batch = self._tree(examples) if self.layout == "tree" else self._padded(examples)
         sizes = [len(example["advantages"]) for example in examples]
         batch["state_index"] = torch.arange(len(examples)).repeat_interleave(torch.tensor(sizes))
-        batch |= _concatenated(examples, "advantages", "weights", "ref_logps")
+        batch |= _concatenated(examples, "advantages", "weights", "ref_logps", "values")
         batch["num_pair_tokens"] = torch.tensor(sum(map(num_pair_tokens, examples)))
         return batch
 
@@ -312,7 +313,7 @@ def _take_row(batch: dict[str, torch.Tensor], row: int, length: int, items: torc
         part |= {"parent_index": batch["parent_index"][tokens] - row * width, "child_ids": batch["child_ids"][tokens]}
         part |= {"token_index": new_token[batch["token_index"][counted]]}
         part |= {"pair_index": new_pair[batch["pair_index"][counted]], "pair_rows": torch.zeros_like(items)}
-    for name in ("state_index", "advantages", "weights", "ref_logps", "successes", "rollouts"):
+    for name in ("state_index", "advantages", "weights", "ref_logps", "values", "successes", "rollouts"):
         if name in batch:
             part[name] = batch[name][items]
     return part

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from dapo_trl.step_config import _StepConfig
+from dapo_trl.targets import LOG_PARTITIONS
 
 
 @dataclass
@@ -71,6 +72,18 @@ class DAPOConfig(_StepConfig):
         beta (`float`, *optional*, defaults to `0.01`):
             Scale of the target A/beta of a step's log-ratio. Paper: 0.01 or 0.02. A small model trained for a few
             hundred steps wants more: the demo uses 0.1.
+        log_partition (`str`, *optional*):
+            What is subtracted from the target A/beta, so that it is that of the soft-optimal policy: `"sample"`, the
+            log of the mean of exp(A/beta) over the samples of the state, or `"gaussian"`, var/(2 beta^2), which is
+            usable for large beta only, see [`~dapo_trl.targets.log_partition`]. Needs state rows. Paper: `None`.
+        loss_type (`str`, *optional*, defaults to `"squared"`):
+            `"squared"`, the paper's regression of log-ratios onto A/beta, see [`~dapo_trl.losses.dapo_loss`]; or
+            `"listwise"`, which compares the candidates of a state with each other by their `values`, see
+            [`~dapo_trl.losses.listwise_loss`], and knows neither `beta` nor `log_partition`. It needs state rows.
+        value_power (`float`, *optional*, defaults to `1.0`):
+            Power of the candidates' values in the targets of `loss_type="listwise"`: the larger, the more is asked for.
+        ref_power (`float`, *optional*, defaults to `1.0`):
+            Power of the reference's probabilities in them.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -107,6 +120,24 @@ class DAPOConfig(_StepConfig):
         default=None, metadata={"help": "Rows per batch while precomputing the reference's log-probabilities."}
     )
     beta: float = field(default=0.01, metadata={"help": "Scale of the target A/beta. Paper: 0.01 or 0.02."})
+    log_partition: str | None = field(
+        default=None,
+        metadata={
+            "help": "Log-partition that is subtracted from the targets: 'sample', 'gaussian', or none (paper).",
+            "choices": [*LOG_PARTITIONS],
+        },
+    )
+    loss_type: str = field(
+        default="squared",
+        metadata={
+            "help": "'squared' (paper), or 'listwise': candidates of a state against each other, by their values.",
+            "choices": ["squared", "listwise"],
+        },
+    )
+    value_power: float = field(default=1.0, metadata={"help": "Power of the values in listwise targets."})
+    ref_power: float = field(
+        default=1.0, metadata={"help": "Power of the reference's probabilities in listwise targets."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,3 +152,17 @@ class DAPOConfig(_StepConfig):
         if self.duplicate_weights not in ("uniform", "counts"):
             raise ValueError(f"`duplicate_weights` must be 'uniform' or 'counts', got {self.duplicate_weights!r}.")
         self._check_whole_numbers({"precompute_ref_batch_size": 1})
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        if self.log_partition not in (None, *LOG_PARTITIONS):
+            raise ValueError(f"`log_partition` must be 'sample', 'gaussian' or None, got {self.log_partition!r}.")
+        if self.loss_type not in ("squared", "listwise"):
+            raise ValueError(f"`loss_type` must be 'squared' or 'listwise', got {self.loss_type!r}.")
+        if self.loss_type == "listwise" and self.log_partition is not None:
+            raise ValueError(
+                f'`log_partition={self.log_partition!r}` is about targets of `loss_type="squared"`. Remove one of them.'
+            )
+        for name in ("value_power", "ref_power"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be 0 or more, and finite, got {getattr(self, name)}.")

@@ -28,7 +28,7 @@ from dapo_trl.cards import PAPER, POLICY_TAGS, POLICY_TEMPLATE
 from dapo_trl.collators import DataCollatorForStepPolicy
 from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.loading import check_policy, check_reference, load_policy, load_tokenizer
-from dapo_trl.losses import dapo_loss
+from dapo_trl.losses import dapo_loss, listwise_loss
 from dapo_trl.metrics import RatioMetrics
 from dapo_trl.model_checks import refuse_adapted_head
 from dapo_trl.modeling import (
@@ -238,6 +238,9 @@ class DAPOTrainer(_StepTrainer):
             reliability_weights=args.reliability_weights,
             min_reliability=args.min_reliability,
             num_proc=args.dataset_num_proc,
+            log_partition=args.log_partition,
+            beta=args.beta,
+            loss_type=args.loss_type,
         )
         return prepared
 
@@ -263,6 +266,7 @@ class DAPOTrainer(_StepTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = ["context_ids", "branches", "advantages", "weights", "ref_logps", "length"]
+            self._signature_columns += ["values"] if self.args.loss_type == "listwise" else []
 
     # ---- Reference policy ----
 
@@ -351,7 +355,8 @@ class DAPOTrainer(_StepTrainer):
             }
         elif self.eval_dataset is not None:
             self.eval_dataset = self._precompute(self.eval_dataset, eval_batch_size, "eval", engine)
-        self._report_unreachable_targets()
+        if args.loss_type == "squared":
+            self._report_unreachable_targets()
         # accelerate keeps every model it has prepared
         self.accelerator._models = [model for model in self.accelerator._models if model is not self.ref_model]
         self.ref_model = None
@@ -413,9 +418,24 @@ class DAPOTrainer(_StepTrainer):
         return logps.index_add(0, inputs["pair_index"], log_probs[inputs["token_index"]])
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Total weight of the pairs of the optimizer step, over its micro-batches and all processes."""
-        weight = sum((batch["weights"].sum() for batch in batch_samples), torch.zeros(())).to(device)
+        """Total weight of the loss in the optimizer step, over its micro-batches and all processes."""
+        weight = sum((self._loss_weight(batch) for batch in batch_samples), torch.zeros(())).to(device)
         return self.accelerator.reduce(weight, reduction="sum")
+
+    @property
+    def _compares_pairs(self) -> bool:
+        return self.args.loss_type == "listwise"
+
+    def _loss_weight(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the loss of a batch is a mean over: the weights of its pairs; listwise, its states."""
+        return _num_states(inputs).float() if self._compares_pairs else inputs["weights"].sum()
+
+    def _loss_sum(self, logps: torch.Tensor, ref_logps: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        args, weights = self.args, inputs["weights"]
+        if not self._compares_pairs:
+            return dapo_loss(logps, ref_logps, inputs["advantages"], args.beta, weights, reduction="sum")
+        powers = (args.value_power, args.ref_power)
+        return listwise_loss(logps, ref_logps, inputs["values"], inputs["state_index"], weights, *powers, "sum")
 
     def compute_loss(
         self,
@@ -425,7 +445,7 @@ class DAPOTrainer(_StepTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
-        Loss of a batch: the mean over the pairs of the whole optimizer step.
+        Loss of a batch: the mean over the pairs, or listwise over the states, of the whole optimizer step.
 
         Args:
             model (`torch.nn.Module`):
@@ -435,7 +455,7 @@ class DAPOTrainer(_StepTrainer):
             return_outputs (`bool`, *optional*, defaults to `False`):
                 Whether to return the log-ratios too.
             num_items_in_batch (`torch.Tensor`, *optional*):
-                Total weight of the pairs of the optimizer step. `None`, as at evaluation, takes this batch's.
+                Total weight of the optimizer step. `None`, as at evaluation, takes this batch's.
 
         Returns:
             `torch.Tensor` or `tuple`: the loss, and `{"log_ratios": ...}` of shape `(P,)`.
@@ -446,10 +466,9 @@ class DAPOTrainer(_StepTrainer):
         if ref_logps is None:
             with self._reference() as reference:
                 ref_logps = self._score_without_gradients(reference, inputs)
-        advantages, weights = inputs["advantages"], inputs["weights"]
-        loss_sum = dapo_loss(logps, ref_logps, advantages, self.args.beta, weights, reduction="sum")
+        loss_sum = self._loss_sum(logps, ref_logps, inputs)
         if num_items_in_batch is None:
-            loss = loss_sum / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+            loss = loss_sum / self._loss_weight(inputs).clamp(min=torch.finfo(torch.float32).tiny)
         else:
             # Gradients are averaged over processes, each of which holds a part of the sum.
             loss = loss_sum * self.accelerator.num_processes / num_items_in_batch
@@ -462,15 +481,17 @@ class DAPOTrainer(_StepTrainer):
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
         advantages, weights = inputs["advantages"], inputs["weights"]
-        positive, negative, targets = advantages > 0, advantages < 0, advantages / self.args.beta
+        positive, negative = advantages > 0, advantages < 0
         decided = (positive | negative) & (log_ratios != 0)  # before the first step every log-ratio is 0
         metrics.add("sign_accuracy", (log_ratios.sign() == advantages.sign())[decided].sum(), decided.sum())
         metrics.add("log_ratios/positive", log_ratios[positive].sum(), positive.sum())
         metrics.add("log_ratios/negative", log_ratios[negative].sum(), negative.sum())
         metrics.add("kl", -(weights * log_ratios).sum(), weights.sum())
-        metrics.add("target_reached", (log_ratios * targets).sum(), (targets**2).sum())
+        if not self._compares_pairs:
+            targets = advantages / self.args.beta
+            metrics.add("target_reached", (log_ratios * targets).sum(), (targets**2).sum())
         if mode == "eval":
-            metrics.add("loss", loss_sum, weights.sum())
+            metrics.add("loss", loss_sum, self._loss_weight(inputs))
             self._record_gap(metrics, inputs)
 
     def _record_batch(self, inputs: dict[str, torch.Tensor]) -> None:

@@ -186,6 +186,61 @@ def refuse_without_reliabilities(dataset: Dataset, row_format: str, name: str, m
         )
 
 
+def refuse_without_values(dataset: Dataset, row_format: str, name: str) -> None:
+    """
+    Refuse rows whose candidates have no values, which a listwise loss compares.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows.
+        row_format (`str`):
+            Their format.
+        name (`str`):
+            What the data set is called in messages.
+
+    Raises:
+        ValueError: if they are no state rows, or there are no `values`.
+    """
+    if row_format != "state":
+        raise ValueError(
+            f'`loss_type="listwise"` compares the candidates of states, but `{name}_dataset` has the {row_format} '
+            'format. Give state rows, or use `loss_type="squared"`.'
+        )
+    cure = "those of a critic are put there by `dataset.rename_column('critic_values', 'values')`."
+    if "values" not in dataset.column_names:
+        raise ValueError(
+            f'`loss_type="listwise"` needs a column `values`, which `{name}_dataset` has not. Add it; {cure}'
+        )
+    rows = dataset["values"]
+    if None in rows:
+        raise ValueError(
+            f'Row {rows.index(None)} of `{name}_dataset` has no `values`, which `loss_type="listwise"` needs. Fill '
+            "them in, or drop the row."
+        )
+
+
+def refuse_without_candidates(row_format: str, name: str, log_partition: str) -> None:
+    """
+    Refuse rows that have one sample of each state, from which no log-partition can be had.
+
+    Args:
+        row_format (`str`):
+            Their format.
+        name (`str`):
+            What the data set is called in messages.
+        log_partition (`str`):
+            What was asked for.
+
+    Raises:
+        ValueError: if they are solution rows.
+    """
+    if row_format == "solution":
+        raise ValueError(
+            f"`log_partition={log_partition!r}` is a mean over the candidates of a state, but `{name}_dataset` has "
+            "solution rows, with one step from each. Give state rows, or leave it out."
+        )
+
+
 def check_fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Refuse token ids that another tokenizer made.

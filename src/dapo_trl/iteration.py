@@ -55,7 +55,7 @@ from dapo_trl.summary import (
     print_title,
     warn,
 )
-from dapo_trl.value_sources import advantages_from
+from dapo_trl.value_sources import advantages_from, with_values_of
 
 
 if TYPE_CHECKING:
@@ -357,6 +357,8 @@ class Iteration:
 
         def make_trainer(args: dict[str, Any]) -> DAPOTrainer:
             config, used = DAPOConfig(**args), rows
+            if config.loss_type == "listwise":
+                used = with_values_of(source, rows)
             if self.arguments.anchor_states:
                 used = concatenate_datasets([rows, anchor_states(values.table("solutions"), rows)])
             return DAPOTrainer(self.generator, args=config, train_dataset=used, **self._trainer_arguments())

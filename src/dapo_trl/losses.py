@@ -1,12 +1,15 @@
 """
-The two losses of Direct Advantage Policy Optimization, as pure functions of tensors.
+The two losses of Direct Advantage Policy Optimization, and a listwise one, as pure functions of tensors.
 
-Shapes: P pairs (state, action), S states. Both losses are means over *everything the optimizer step sees*: a caller
+Shapes: P pairs (state, action), S states. The losses are means over *everything the optimizer step sees*: a caller
 that splits a step into micro-batches asks for `reduction="sum"` and divides by the total weight itself.
 """
 
 import torch
 import torch.nn.functional as F
+
+
+_LEAST_VALUE = 1e-3  # added to the values of listwise targets: no candidate is asked to become impossible
 
 
 def dapo_loss(
@@ -68,6 +71,90 @@ def dapo_loss(
     target = _at_least_float32(advantages) / beta
     log_ratio = _at_least_float32(logps) - _at_least_float32(ref_logps)
     return _reduce(0.5 * (target - log_ratio) ** 2, weights, reduction)
+
+
+def listwise_loss(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    values: torch.Tensor,
+    state_index: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    value_power: float = 1.0,
+    ref_power: float = 1.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    r"""
+    Listwise distillation: among the candidates of a state, the policy is drawn towards a distribution that prefers
+    those of high value.
+
+    $$
+    L = \mathrm{mean}_s \; \mathrm{KL}(q_s \,\|\, p_s), \qquad
+    q_s(a) \propto \pi_\mathrm{ref}(a \mid s)^{w_1} \, (V(s \circ a) + \epsilon)^{w_2}, \qquad
+    p_s = \mathrm{softmax}_a \log \pi(a \mid s)
+    $$
+
+    Only the candidates' shares among each other count: what they have together of the policy's probability is not
+    asked for. Where the powers are 1 and the candidates are all actions, $q = \pi_\mathrm{ref} V / E[V]$ has at least
+    the reference's success in every state. Source: the listwise distillation of DriveDPO (arXiv 2509.17940), whose
+    similarity to an expert is the reference's probability here; epsilon is 0.001.
+
+    Args:
+        logps (`torch.Tensor` of shape `(P,)`):
+            Log-probability of each step under the policy.
+        ref_logps (`torch.Tensor` of shape `(P,)`):
+            Log-probability of each step under the reference policy.
+        values (`torch.Tensor` of shape `(P,)`):
+            Value of the state that each step leads to, in [0, 1].
+        state_index (`torch.Tensor` of shape `(P,)`, int64):
+            State of each pair: numbers from 0.
+        weights (`torch.Tensor` of shape `(P,)`, *optional*):
+            Pairs of weight 0 are left out of their state; other weights do not matter, as the reference's
+            probability says how frequent a candidate is. `None` leaves none out.
+        value_power (`float`, *optional*, defaults to `1.0`):
+            w_2: 0 asks for no change (with `ref_power` 1), infinity would ask for the best candidate only.
+        ref_power (`float`, *optional*, defaults to `1.0`):
+            w_1: 0 forgets the reference.
+        reduction (`str`, *optional*, defaults to `"mean"`):
+            `"mean"` over states with candidates, `"sum"` over them, or `"none"` (one value a state, 0 without
+            candidates).
+
+    Returns:
+        `torch.Tensor`: the loss in nats, float32 (float64 for float64 input), a scalar or of shape `(S,)`.
+
+    Raises:
+        ValueError: if shapes differ, a power is negative, or `reduction` is unknown.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dapo_trl.losses import listwise_loss
+
+    >>> logps, state = torch.tensor([0.5, 0.5]).log(), torch.tensor([0, 0])
+    >>> listwise_loss(logps, logps, torch.tensor([0.6, 0.6]), state)  # no candidate is better than the other
+    tensor(0.)
+    >>> listwise_loss(logps, logps, torch.tensor([1.0, 0.0]), state)  # q is 0.999 and 0.001
+    tensor(0.6853)
+
+    ```
+    """
+    _check_same_shape(logps=logps, ref_logps=ref_logps, values=values, state_index=state_index, weights=weights)
+    if value_power < 0 or ref_power < 0:
+        raise ValueError(f"Powers must be 0 or more, got {value_power=} and {ref_power=}.")
+    logps, ref_logps, values = map(_at_least_float32, (logps, ref_logps, values))
+    if weights is not None:
+        kept = weights > 0
+        logps, ref_logps, values = logps[kept], ref_logps[kept], values[kept]
+    else:
+        kept = torch.ones_like(state_index, dtype=torch.bool)
+    num_states = int(state_index.max()) + 1 if len(state_index) else 0
+    states = state_index[kept]
+    log_q = _log_softmax_by(states, ref_power * ref_logps + value_power * (values + _LEAST_VALUE).log(), num_states)
+    log_p = _log_softmax_by(states, logps, num_states)
+    losses = torch.zeros(num_states, dtype=log_p.dtype, device=log_p.device)
+    losses = losses.index_add(0, states, log_q.exp() * (log_q - log_p))
+    counted = torch.zeros_like(losses).index_fill(0, states, 1.0)
+    return _reduce(losses, counted, reduction)
 
 
 def critic_loss(
@@ -147,6 +234,15 @@ def critic_weights(rollouts: torch.Tensor, weighting: str) -> torch.Tensor:
     if weighting == "uniform":
         return (rollouts > 0).to(rollouts.dtype)
     raise ValueError(f"`weighting` must be 'rollouts' or 'uniform', got {weighting!r}.")
+
+
+def _log_softmax_by(groups: torch.Tensor, scores: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Log-softmax of scores within groups: shapes `(P,)`."""
+    most = torch.full((num_groups,), -torch.inf, dtype=scores.dtype, device=scores.device)
+    most = most.scatter_reduce(0, groups, scores.detach(), reduce="amax")
+    shifted = scores - most[groups]
+    total = torch.zeros_like(most).index_add(0, groups, shifted.exp())
+    return shifted - total[groups].log()
 
 
 def _reduce(losses: torch.Tensor, weights: torch.Tensor | None, reduction: str) -> torch.Tensor:

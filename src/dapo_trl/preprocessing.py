@@ -20,11 +20,15 @@ from dapo_trl.dataset_checks import (
     check_fingerprint,
     check_kind,
     refuse_values_without_advantages,
+    refuse_without_candidates,
     refuse_without_reliabilities,
+    refuse_without_values,
     warn_of_another_end,
 )
 from dapo_trl.formats import check_dataset
 from dapo_trl.ref_logps import check_ref_logps_are_complete, check_ref_tokenizer, row_fingerprint
+from dapo_trl.targets import gaussian_excess
+from dapo_trl.targets import log_partition as log_partition_of
 from dapo_trl.tokenized_rows import (
     PER_PAIR,
     keep_reliable,
@@ -38,6 +42,8 @@ from dapo_trl.tokenized_rows import (
 
 
 logger = logging.getLogger(__name__)
+
+_IMPOSSIBLE_SHARE = 0.05  # of the states; more Gaussian log-partitions are worth a warning
 
 _TOKEN_FEATURES = {
     "context_ids": List(Value("int64")),
@@ -73,6 +79,9 @@ def prepare_policy_dataset(
     min_reliability: float = 0.0,
     num_proc: int | None = None,
     limit_name: str = "max_length",
+    log_partition: str | None = None,
+    beta: float = 0.01,
+    loss_type: str = "squared",
 ) -> tuple[Dataset, dict[str, int]]:
     """
     Check, tokenize, truncate and filter the rows that [`DAPOTrainer`] trains on.
@@ -98,6 +107,12 @@ def prepare_policy_dataset(
             Processes that tokenize.
         limit_name (`str`, *optional*, defaults to `"max_length"`):
             The argument that set `max_length`, for messages.
+        log_partition (`str`, *optional*):
+            `"sample"` or `"gaussian"`: advantages become those less beta times the state's log-partition.
+        beta (`float`, *optional*, defaults to `0.01`):
+            Scale of the target, for that.
+        loss_type (`str`, *optional*, defaults to `"squared"`):
+            With `"listwise"` rows keep the `values` of their candidates.
 
     Returns:
         `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts: `rows`, `rows_kept`, `rows_merged` (joined another
@@ -119,13 +134,20 @@ def prepare_policy_dataset(
     if reliability_weights or min_reliability > 0:
         refuse_without_reliabilities(dataset, row_format, name, min_reliability)
     check_ref_tokenizer(dataset, tokenizer, name)
-    has_values = row_format == "state" and "advantages" not in dataset.column_names
+    from_values = row_format == "state" and "advantages" not in dataset.column_names
+    is_listwise = loss_type == "listwise"
+    if is_listwise:
+        refuse_without_values(dataset, row_format, name)
+    if log_partition is not None:
+        refuse_without_candidates(row_format, name, log_partition)
+    needed = {"values": from_values or is_listwise, "counts": from_values or log_partition is not None}
 
     def tokenize(row: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:
         tokens = tokenize_policy_row(row, row_format, tokenizer, duplicate_weights, reliability_weights)
         num_steps = len(tokens["advantages"])
-        if has_values:  # needed again if rows are merged
+        if needed["values"]:
             tokens["values"] = with_true_rewards(row["values"], row.get("rewards"))
+        if needed["counts"]:
             tokens["counts"] = row.get("counts") or [1] * num_steps
         tokens |= {
             "source_rows": [index] * num_steps,
@@ -139,19 +161,20 @@ def prepare_policy_dataset(
         return tokens, removed
 
     features = _TOKEN_FEATURES | _PAIR_FEATURES
-    if has_values:
-        features = features | {"values": List(Value("float64")), "counts": List(Value("float64"))}
+    features = features | {column: List(Value("float64")) for column, is_needed in needed.items() if is_needed}
     if "ref_logps" in dataset.column_names:
         features = features | {"ref_logps": List(Value("float64"))}
     tokenized = _tokenize(dataset, tokenize, features, name, num_proc)
     num_merged = 0
     if row_format == "state":
-        tokenized, num_merged = _merge_states(tokenized)
-    if has_values:
-        tokenized = tokenized.remove_columns(["values", "counts"])
+        tokenized, num_merged = _merge_states(tokenized, from_values)
+    if log_partition is not None:
+        tokenized = _less_log_partition(tokenized, beta, log_partition, name)
+    done_with = {"values": not is_listwise, "counts": True}
+    tokenized = tokenized.remove_columns([column for column in needed if needed[column] and done_with[column]])
 
     compared = tokenized.select_columns(["advantages", "num_branches", "unreliable"])
-    fates = [_policy_fate(row, min_advantage_gap) for row in compared]
+    fates = [_policy_fate(row, min_advantage_gap, is_listwise) for row in compared]
     limits = [f"{limit_name}={max_length}", f"{min_advantage_gap=}", f"{min_reliability=}"]
     prepared, report = _select(tokenized, fates, len(dataset), num_merged, name, limits)
     if "ref_logps" in prepared.column_names:
@@ -177,7 +200,7 @@ def _policy_format(dataset: Dataset, name: str) -> str:
     return row_format
 
 
-def _policy_fate(row: dict[str, Any], min_advantage_gap: float) -> str:
+def _policy_fate(row: dict[str, Any], min_advantage_gap: float, is_listwise: bool) -> str:
     """Whether a tokenized row is kept, or why not."""
     if not row["advantages"]:
         return "unreliable" if row["unreliable"] else "too_long"
@@ -185,6 +208,7 @@ def _policy_fate(row: dict[str, Any], min_advantage_gap: float) -> str:
     # 0.6 - 0.5 must not fail 0.1 by its last bit.
     is_compared = row["num_branches"] > 1
     no_contrast = is_compared and advantage_gap(row["advantages"]) < min_advantage_gap - 1e-9
+    no_contrast |= is_listwise and len(row["advantages"]) < 2
     return "without_contrast" if no_contrast else "kept"
 
 
@@ -278,7 +302,31 @@ def _tokenize(
     )
 
 
-def _merge_states(tokenized: Dataset) -> tuple[Dataset, int]:
+def _less_log_partition(tokenized: Dataset, beta: float, kind: str, name: str) -> Dataset:
+    """Advantages less beta times the log-partition of their state: the loss takes them for its targets, over beta."""
+    num_impossible = 0
+
+    shifted: list[list[float]] = []
+    for row in tokenized.select_columns(["advantages", "counts"]):
+        a_C, n_C = row["advantages"], row["counts"]
+        if not a_C:  # nothing of it fitted
+            shifted.append([])
+            continue
+        num_impossible += kind == "gaussian" and gaussian_excess(a_C, beta, n_C) > 0
+        shift = beta * log_partition_of(a_C, beta, n_C, kind)
+        shifted.append([advantage - shift for advantage in a_C])
+    if num_impossible > _IMPOSSIBLE_SHARE * len(shifted):
+        logger.warning(
+            f'`{name}_dataset`: in {num_impossible} of {len(shifted)} states `log_partition="gaussian"` is larger '
+            f"than any log-partition of these advantages can be at `beta={beta}`, and every candidate would be made "
+            'less likely. Raise `beta`, or use `log_partition="sample"`.'
+        )
+    return tokenized.remove_columns("advantages").add_column(
+        "advantages", shifted, feature=_PAIR_FEATURES["advantages"]
+    )
+
+
+def _merge_states(tokenized: Dataset, from_values: bool) -> tuple[Dataset, int]:
     """Rows of the same state as one row with the candidates of all; how many rows that saves."""
     states: dict[tuple[int, ...], list[int]] = {}
     for index, ids in enumerate(tokenized["context_ids"]):
@@ -294,7 +342,7 @@ def _merge_states(tokenized: Dataset) -> tuple[Dataset, int]:
                 merged[column] = [value for row in rows for value in row[column]]
         for column in ("num_branches", "removed", "unreliable", "steps"):
             merged[column] = sum(row[column] for row in rows)
-        if len(merged.get("values", [])) > 1:  # the mean is over the candidates of all rows
+        if from_values and len(merged["values"]) > 1:  # the mean is over the candidates of all rows
             merged["advantages"] = sibling_advantages(merged["values"], merged["counts"]).tolist()
         return merged | {"length": max(row["length"] for row in rows)}
 

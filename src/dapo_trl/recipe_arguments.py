@@ -261,6 +261,11 @@ class RecipeArguments:
         if (self.engine == "openai") != bool(self.server_urls):
             raise ValueError('`server_urls` and `engine="openai"` belong together; give both or neither.')
         self._read_sections()
+        if self.anchor_states and self.policy.get("loss_type") == "listwise":
+            raise ValueError(
+                '`anchor_states` are states with nothing to compare, which `policy.loss_type="listwise"` does. Remove '
+                "one of them."
+            )
         if self.executor and self.verifier != "code":
             raise ValueError(f'`executor` is about `verifier="code"`, not {self.verifier!r}. Remove it.')
         if self.server and self.engine != "openai":

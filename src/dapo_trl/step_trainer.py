@@ -278,9 +278,14 @@ class _StepTrainer(_LayoutMixin, _BaseTrainer):
             tokens, pair_tokens = inputs["num_tokens"], inputs["num_pair_tokens"]
             self._uncounted_tokens.append(tokens)
             self._metrics["train"].add("tokens/saved", (pair_tokens - tokens).float(), pair_tokens.float())
-        parts = split_rows(inputs) if self._runs_rows_apart else [inputs]
+        parts = split_rows(inputs) if self._runs_rows_apart and not self._compares_pairs else [inputs]
         losses = [super(_StepTrainer, self).training_step(model, part, *args, **kwargs) for part in parts]
         return torch.stack(losses).sum()
+
+    @property
+    def _compares_pairs(self) -> bool:
+        """Whether the loss compares pairs of a state with each other, which the rows of a batch may part."""
+        return False
 
     def _record_batch(self, inputs: dict[str, torch.Tensor]) -> None:
         """Metrics of a batch as a whole, before its rows part."""

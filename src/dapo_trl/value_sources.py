@@ -53,3 +53,32 @@ def advantages_from(source: str, states: Dataset, strength: float | None = None)
         raise ValueError("`strength` is needed to shrink values: `dapo_trl.shrinkage.fit_strength` gives it.")
     rows = (add_critic_errors if source == "critic" else add_shrinkage_values)(states, strength)
     return add_advantages(rows, f"{source}_values", f"{source}_errors", posterior=True)
+
+
+def with_values_of(source: str, states: Dataset) -> Dataset:
+    """
+    State rows whose `values` are those of a source, as a listwise loss compares them.
+
+    Args:
+        source (`str`):
+            `"critic"`, `"monte_carlo"` or `"shrinkage"`.
+        states ([`~datasets.Dataset`]):
+            What [`advantages_from`] gave for it.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows with that column of values as `values`.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from dapo_trl.value_sources import with_values_of
+
+    >>> with_values_of("critic", Dataset.from_list([{"values": [1.0, 0.0], "critic_values": [0.75, 0.25]}]))[0]
+    {'values': [0.75, 0.25]}
+
+    ```
+    """
+    if source == "monte_carlo":
+        return states
+    return states.remove_columns("values").rename_column(f"{source}_values", "values")
