@@ -5,7 +5,7 @@ The methods that `learning.py` compares, each with what TRL ships: from data of 
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from trl import (
 
 from dapo_trl import DAPOConfig, DAPOTrainer, math_reward
 from dapo_trl.anchors import anchor_states
+from dapo_trl.preference_pairs import to_preference_pairs
 from dapo_trl.run_folder import held_out_problems
 from dapo_trl.shrinkage import fit_strength
 from dapo_trl.value_sources import SOURCES, advantages_from
@@ -210,26 +211,8 @@ def solution_pairs(rows: list[Row], seed: int) -> list[Row]:
 
 def train_on_step_pairs(data: Data, settings: dict[str, Any]) -> Trained:
     """Step-DPO: the state is the prompt; the best of its next steps by Monte Carlo against the worst."""
-    pairs = Dataset.from_list(step_pairs(states_by("monte_carlo", data)))
+    pairs = to_preference_pairs(states_by("monte_carlo", data), "worst")
     return train(TokenizedDPOTrainer, DPOConfig, data, pairs, data.tokens, **settings)
-
-
-def step_pairs(states: Iterable[Row]) -> list[Row]:
-    """The best and the worst next step of each state, where they differ by 0.1 at least."""
-    pairs = []
-    for row in states:
-        advantages = row["advantages"]
-        best, worst = (choose(range(len(advantages)), key=advantages.__getitem__) for choose in (max, min))
-        if advantages[best] - advantages[worst] < 0.1:
-            continue
-        pairs.append(
-            {
-                "prompt_ids": row["prompt_ids"] + [token for step in row["prefix_ids"] for token in step],
-                "chosen_ids": row["candidates_ids"][best],
-                "rejected_ids": row["candidates_ids"][worst],
-            }
-        )
-    return pairs
 
 
 def train_on_labels(data: Data, settings: dict[str, Any]) -> Trained:

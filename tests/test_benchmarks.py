@@ -140,13 +140,6 @@ def test_shrinkage_is_fitted_on_problems_that_the_critic_has_not_seen(tmp_path, 
     assert seen == ["10", "20"]
 
 
-def test_step_pairs_have_no_end_token_in_the_middle():
-    """The state is the prompt; best against worst; a step in the middle ends as it was sampled."""
-    state = {"prompt_ids": [7], "prefix_ids": [[8], [9]], "candidates_ids": [[3], [4], [5]]}
-    states = [state | {"advantages": [0.2, -0.3, 0.1]}, state | {"advantages": [0.04, -0.04, 0.0]}]
-    assert methods.step_pairs(states) == [{"prompt_ids": [7, 8, 9], "chosen_ids": [3], "rejected_ids": [4]}]
-
-
 def test_equal_weights_of_states():
     """Two candidates weigh as much together as three."""
     weights = [methods.weigh_alike({"counts": [1] * number})["counts"] for number in (2, 3)]
