@@ -57,6 +57,30 @@ def log_partition(advantages: Sequence[float], beta: float, counts: Sequence[int
     return math.log(sum(math.exp(t) for t in targets) / len(targets))
 
 
+def kernel_value(successes: Sequence[float], rollouts: Sequence[int], bandwidth: float) -> tuple[float, float]:
+    """Weighted mean of the outcomes of one state over iterations, and its effective sample size, outcome by outcome."""
+    total, weights = 0.0, []
+    for j in range(1, len(successes) + 1):
+        u = (len(successes) - j) / (len(successes) * bandwidth)
+        weight = 1 - u if u < 1 else 0.0
+        for number in range(rollouts[j - 1]):
+            total += weight * (number < successes[j - 1])
+            weights.append(weight)
+    return total / sum(weights), sum(weights) ** 2 / sum(weight * weight for weight in weights)
+
+
+def batch_value(i: int, values: Sequence[float], outcomes: Sequence[float], groups: Sequence[object]) -> float:
+    """The value of state i, times what the states of other groups have succeeded more often than expected."""
+    found = expected = 0.0
+    for j in range(len(values)):
+        if groups[j] != groups[i] and 0.02 < values[j] < 0.98:
+            found += outcomes[j] / (1 - values[j])
+            expected += values[j] / (1 - values[j])
+    if expected == 0 or not 0.02 < values[i] < 0.98:
+        return values[i]
+    return min(max(values[i] * found / expected, 0.0), 1.0)
+
+
 def critic_loss(
     logits: Sequence[float], successes: Sequence[float], rollouts: Sequence[float], weighting: str = "rollouts"
 ) -> float:

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 
 
 README = (REPOSITORY / "README.md").read_text()
-DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 DOCUMENTS += [REPOSITORY / "benchmarks" / "README.md", REPOSITORY / "examples" / "student" / "README.md"]
 
 
@@ -75,7 +75,9 @@ def test_python_examples_of_the_readme():
     assert all(hasattr(dapo_trl, name) for name in names)
 
 
-@pytest.mark.parametrize("name", ["pipeline.md", "code.md"])
+@pytest.mark.parametrize(
+    "name", ["pipeline.md", "code.md", *(f"siblings/{name}.md" for name in ("kae", "basis", "aepo", "drivedpo"))]
+)
 def test_examples_of_the_docs_run(name):
     results = doctest.testfile(str(REPOSITORY / "docs" / name), module_relative=False)
     assert results.attempted > 0 and results.failed == 0

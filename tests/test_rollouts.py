@@ -124,6 +124,63 @@ def test_truncated_counts_as_wrong():
     assert rollouts.report["states_with_one_candidate"] == 2
 
 
+def test_truncated_samples_can_be_left_out_of_every_mean():
+    """
+    As above, but the cut completion of "a\\n" is no outcome: V("a\\n") is that of the completion of the prompt that
+    passes through (right) and of its own "0", 1/2 and not 1/3. A cut solution is not kept either.
+    """
+    script = {"p\n": ["a\n1", "a\n0", "c\n1~", "a\n1", "b\n0"], "p\na\n": ["1~", "0"], "p\nc\n": ["1", "0"]}
+    config = RolloutConfig(num_solutions=3, num_kept=3, num_completions=2, reuse=False)
+    found = {}
+    for overlong in ("wrong", "drop"):
+        rollouts = collect_rollouts(problem(), ScriptedEngine(script), reward, replace(config, overlong=overlong))
+        found[overlong] = {tuple(row["completions"]): row["values"] for row in rollouts.solutions}
+        assert rollouts.report["truncated"] == 2 and rollouts.report["not_judged"] == 0
+    assert found["drop"] == {("a\n", "1"): [1 / 2, 1 / 2, 1.0], ("a\n", "0"): [1 / 2, 1 / 2, 0.0]}
+    assert found["wrong"]["a\n", "1"][1] == pytest.approx(1 / 3)
+    assert ("c\n", "1") in found["wrong"]
+
+
+def test_long_solutions_can_be_worth_less():
+    """
+    At most 8 tokens, a buffer of 4: a right solution of 4 tokens (with its end) is worth 1, of 6 tokens 1/2, of 7 1/4,
+    of 8 nothing; a wrong one 0 at any length. Tokens of the state count: the completion "aa1" of "a\\n" makes 6.
+    """
+    script = {"p\n": ["a\n1", "a\naa1", "a\naaa1", "a\naaaa1", "a\naa0", "a\n1"], "p\na\n": ["aa1"]}
+
+    def ends_in_one(completions, **columns):
+        return [float(text.endswith("1")) for text in completions]
+
+    config = RolloutConfig(5, 5, 2, SamplingConfig(max_new_tokens=8), overlong="soft", overlong_buffer=4, reuse=False)
+    rows, _ = sample_solutions(list(problem()), ScriptedEngine(script), ends_in_one, config)
+    assert [row["reward"] for row in rows] == [1.0, 0.5, 0.25, 0.0, 0.0]
+    engine = ScriptedEngine({"p\n": ["a\n1"] * 2, "p\na\n": ["aa1"] * 2})
+    tables, _ = value_solutions(rows, engine, ends_in_one, replace(config, num_completions=2))
+    values = next(row["values"] for row in tables["solutions"] if row["completions"] == ["a\n", "1"])
+    assert values == [1.0, pytest.approx(3 / 4), 1.0]  # two that pass from the prompt, and two of 6 tokens
+
+
+def test_settings_of_earlier_runs_are_still_theirs():
+    """Options that were added since are part of what results depend on only where they are used."""
+    assert "overlong" not in RolloutConfig().describe() and "overlong_buffer" not in RolloutConfig().describe()
+    soft = RolloutConfig(overlong="soft").describe()
+    assert soft["overlong"] == "soft" and "overlong_buffer" not in soft
+    assert RolloutConfig(overlong="soft", overlong_buffer=9).describe()["overlong_buffer"] == 9
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"overlong": "mask"}, "`overlong` must be 'wrong', 'drop' or 'soft', got 'mask'"),
+        ({"overlong_buffer": 4}, '`overlong_buffer` is about `overlong="soft"`'),
+        ({"overlong": "soft", "overlong_buffer": 10**6}, "from 1 to `max_new_tokens`, which is 1024; got 1000000"),
+    ],
+)
+def test_refuses_bad_options_for_long_samples(given, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutConfig(**given)
+
+
 def test_a_truncated_solution_keeps_its_states():
     script = {"p\n": ["a\n1", "b\nno end~"], "p\na\n": ["1", "0"], "p\nb\n": ["1", "0"]}
     config = RolloutConfig(num_solutions=2, num_kept=2, num_completions=2)

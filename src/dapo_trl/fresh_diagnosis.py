@@ -7,7 +7,7 @@ about 0.06, so that more next steps can be told apart, and a critic is not blame
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +145,7 @@ def count_afresh(
         "rows": text_fingerprint(json.dumps([[row["problem_id"], _steps_of(row)] for row in (*solutions, *states)])),
         "engine": engine.describe(),
         "reward_function": name_of(reward_function),
-        "rollouts": asdict(config),
+        "rollouts": config.describe(),
     }
     store = ShardStore(folder, settings, {"counts": _FEATURES}, len(parts))
 

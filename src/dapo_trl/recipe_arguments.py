@@ -52,6 +52,7 @@ _CHOICES = {
     "engine": ["transformers", "openai", "vllm"],
     "values": ["critic", "monte_carlo", "shrinkage", "both"],
     "critic_states": ["solutions", "candidates"],
+    "overlong": ["wrong", "drop", "soft"],
 }
 # What belongs to this machine.
 _PRIVATE = ("output_dir", "server_urls", "executor", "estimate", "report_to", "max_concurrency")
@@ -155,6 +156,17 @@ class RecipeArguments:
     )
     precision: float = field(default=0.08, metadata={"help": "Posterior standard deviation of a value that is enough."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest solution in tokens."})
+    overlong: str = field(
+        default="wrong",
+        metadata={
+            "help": "Samples that reach `max_new_tokens`: 'wrong', 'drop' (in no mean), or 'soft' (wrong, and right "
+            "ones that come near are worth less).",
+            "choices": _CHOICES["overlong"],
+        },
+    )
+    overlong_buffer: int | None = field(
+        default=None, metadata={"help": "Tokens over which 'soft' lowers the outcome. Default: a fifth of them all."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     values: str = field(
         default="critic",
@@ -261,6 +273,11 @@ class RecipeArguments:
         if (self.engine == "openai") != bool(self.server_urls):
             raise ValueError('`server_urls` and `engine="openai"` belong together; give both or neither.')
         self._read_sections()
+        if self.overlong == "soft" and self.values == "shrinkage":
+            raise ValueError(
+                '`values="shrinkage"` counts outcomes that are right or wrong, and `overlong="soft"` makes others. '
+                "Choose `critic` or `monte_carlo`, or another `overlong`."
+            )
         if self.anchor_states and self.policy.get("loss_type") == "listwise":
             raise ValueError(
                 '`anchor_states` are states with nothing to compare, which `policy.loss_type="listwise"` does. Remove '
@@ -291,6 +308,8 @@ class RecipeArguments:
             min_completions=self.min_completions,
             precision=self.precision,
             separator=self.step_separator,
+            overlong=self.overlong,
+            overlong_buffer=self.overlong_buffer,
             sampling=SamplingConfig(max_new_tokens=self.max_new_tokens, temperature=self.temperature),
             seed=self.seed + 1_000_003 * iteration,
         )

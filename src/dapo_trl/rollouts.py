@@ -7,14 +7,15 @@ does not depend on the others, so that `stages.py` can work through a data set i
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl.rewards import get_soft_overlong_punishment
 
 from dapo_trl.code_steps import STATEMENTS, statement_ends
 from dapo_trl.continuations import text_context
@@ -30,6 +31,7 @@ from dapo_trl.values import State, StoppingRule
 
 Row = dict[str, Any]
 
+OVERLONG = ("wrong", "drop", "soft")
 _NUM_REMEMBERED = 1024  # completions whose steps are kept at hand
 
 
@@ -65,9 +67,17 @@ class RolloutConfig:
         reuse (`bool`, *optional*, defaults to `True`):
             Whether completions of a state that pass through a later one count towards that one's number: they are as
             good as its own. `False` draws `num_completions` from every state, as the paper does.
+        overlong (`str`, *optional*, defaults to `"wrong"`):
+            What becomes of samples that reach `max_new_tokens`. `"wrong"` counts them as wrong, `"drop"` in no mean
+            that they would enter, as if they could not be judged. `"soft"` counts them as wrong too, and the outcomes
+            of others that come near are lowered, by the soft overlong punishment of arXiv 2503.14476 (equation 13) and
+            not below 0: a right solution of the last `overlong_buffer` tokens is worth the less, the longer it is.
+        overlong_buffer (`int`, *optional*):
+            Tokens over which `"soft"` lowers them. `None` takes a fifth of `max_new_tokens`, as that paper does (4,096
+            of 20,480).
 
     Raises:
-        ValueError: if a number is out of range, or the separator is no text or empty.
+        ValueError: if a number is out of range, the separator is no text or empty, or an option is unknown.
     """
 
     num_solutions: int = 32
@@ -80,6 +90,8 @@ class RolloutConfig:
     min_completions: int | None = None
     precision: float = 0.08
     reuse: bool = True
+    overlong: str = "wrong"
+    overlong_buffer: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_solutions", "num_kept", "num_completions"):
@@ -94,7 +106,24 @@ class RolloutConfig:
                 f'`separator` must be a text that is not empty, such as "\\n", got {self.separator!r:.80}. Patterns '
                 "and functions are for `split_steps` only: the settings of a run are kept as JSON."
             )
+        if self.overlong not in OVERLONG:
+            raise ValueError(f"`overlong` must be 'wrong', 'drop' or 'soft', got {self.overlong!r}.")
+        most, buffer = self.sampling.max_new_tokens, self.overlong_buffer
+        if buffer is not None and (self.overlong != "soft" or not 1 <= buffer <= most):
+            raise ValueError(
+                f'`overlong_buffer` is about `overlong="soft"`, and from 1 to `max_new_tokens`, which is {most}; got '
+                f"{buffer} with `overlong={self.overlong!r}`."
+            )
         self.stopping_rule  # noqa: B018 (checks its numbers)
+
+    def describe(self) -> dict[str, Any]:
+        """What results depend on, to be compared with later; without options that were added since, where not used."""
+        settings = asdict(self)
+        if self.overlong == "wrong":
+            del settings["overlong"]
+        if self.overlong_buffer is None:
+            del settings["overlong_buffer"]
+        return settings
 
     @property
     def stopping_rule(self) -> StoppingRule:
@@ -363,7 +392,11 @@ class _Sampler:
         self.reward_function = reward_function
         self.config = config
         self.on_completion = on_completion
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(not_judged=0)
+        self._punish = None
+        if config.overlong == "soft":
+            most = config.sampling.max_new_tokens
+            self._punish = get_soft_overlong_punishment(most, config.overlong_buffer or max(most // 5, 1))
         self.lineage = {"generator": engine.name, "tokenizer_fingerprint": tokenizer_fingerprint(engine.tokenizer)}
         separator = statement_ends if config.separator == STATEMENTS else config.separator
         # a policy that is sure of itself says the same again and again
@@ -379,11 +412,23 @@ class _Sampler:
         rewards = iter(judge([request.row for request, _ in whole], texts, self.reward_function))
         rollouts = iter(
             [
-                self._rollout(request, completion, 0.0 if completion.finish_reason == "length" else next(rewards))
+                self._rollout(request, completion, self._outcome(request, completion, rewards))
                 for request, completion in flat
             ]
         )
         return [[next(rollouts) for _ in group] for group in sampled]
+
+    def _outcome(self, request: _Request, completion: Completion, rewards: Iterator[float | None]) -> float | None:
+        """Outcome of a completion: of a whole one the next reward, less what its length takes from it."""
+        if completion.finish_reason == "length":
+            return None if self.config.overlong == "drop" else 0.0
+        reward = next(rewards)
+        self.counts["not_judged"] += reward is None
+        if reward is None or self._punish is None:
+            return reward
+        num_before = self.config.sampling.max_new_tokens - request.limit  # tokens of the state's steps
+        (punishment,) = self._punish(completion_ids=[range(num_before + len(completion.ids))])
+        return max(reward + punishment, 0.0)
 
     def _generate(self, requests: Sequence[_Request]) -> list[list[Completion]]:
         prefixes, seeds = [request.prefix_ids for request in requests], [request.seeds for request in requests]
@@ -402,7 +447,6 @@ class _Sampler:
         steps_ids, steps = self._split(context, completion.ids) if completion.text else ((), ())
         self.counts["tokens_generated"] += len(completion.ids)
         self.counts["truncated"] += truncated
-        self.counts["not_judged"] += reward is None
         self.counts["empty"] += not steps  # ended at once: there is no step that a row could hold
         alters_state = bool(request.last_step) and self._alters(request.last_step, completion.ids)
         return Rollout(steps, steps_ids, reward, truncated, alters_state)

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from dapo_trl.dataset_checks import refuse_missing_columns
+from dapo_trl.values import check_table
 
 
 # A critic that is sure is sure up to this: a prior of exactly 0 or 1 would outvote any number of rollouts.
@@ -419,16 +420,5 @@ def _log_likelihood(k_S: np.ndarray, n_S: np.ndarray, v_S: np.ndarray, strength:
 
 
 def _check(successes: object, rollouts: object, prior: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    k_S, n_S, v_S = (np.asarray(x, dtype=np.float64) for x in (successes, rollouts, prior))
-    if not (k_S.ndim == 1 and k_S.shape == n_S.shape == v_S.shape):
-        raise ValueError(f"Lengths differ: {k_S.shape} successes, {n_S.shape} rollouts, {v_S.shape} values.")
-    for problem, is_bad in (
-        ("has a value by the critic that is not in [0, 1]", ~((v_S >= 0) & (v_S <= 1))),
-        ("does not have from 0 to all of its rollouts as successes", ~((k_S >= 0) & (k_S <= n_S))),
-    ):
-        if is_bad.any():
-            first = int(np.argmax(is_bad))
-            raise ValueError(
-                f"State {first} {problem}: value {v_S[first]:g}, {k_S[first]:g} successes, {n_S[first]:g} rollouts."
-            )
+    v_S, k_S, n_S = check_table(prior, successes, rollouts, "value by the critic")
     return k_S, n_S, np.clip(v_S, _CLOSEST, 1 - _CLOSEST)

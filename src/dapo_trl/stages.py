@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from dapo_trl.tables import problem_features, table_features, with_problem_ids
 logger = logging.getLogger(__name__)
 
 _PARTING_SECONDS = 2.0  # that calls in other threads get to notice that it is over
-_SAMPLE_SETTINGS = ("num_solutions", "sampling", "separator", "seed")
+_SAMPLE_SETTINGS = ("num_solutions", "sampling", "separator", "seed", "overlong", "overlong_buffer")
 
 
 def sample_stage(
@@ -89,7 +89,7 @@ def sample_stage(
         "problems": rows_fingerprint(problems),
         "engine": engine.describe(),
         "reward_function": name_of(reward_function),
-        "rollouts": {name: value for name, value in asdict(config).items() if name in _SAMPLE_SETTINGS},
+        "rollouts": {name: value for name, value in config.describe().items() if name in _SAMPLE_SETTINGS},
         "shard_size": shard_size,
         "num_problems": num_problems,
     }
@@ -152,7 +152,7 @@ def value_stage(
         "sampled": manifest["fingerprint"],
         "engine": engine.describe(),
         "reward_function": name_of(reward_function),
-        "rollouts": asdict(config),
+        "rollouts": config.describe(),
     }
     features = table_features(problem_features(sampled.features["sampled"]))
     store = ShardStore(folder, settings, {name: features[name] for name in ("solutions", "states")}, num_shards)

@@ -96,6 +96,43 @@ def monte_carlo_values(successes: Sequence[float], rollouts: Sequence[int]) -> n
     return k_S / n_S
 
 
+def check_table(
+    values: object, successes: object, rollouts: object, name: str = "value"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Values of states beside the outcomes of their rollouts, as arrays.
+
+    Args:
+        values (sequence of `float`, length S):
+            In [0, 1].
+        successes (sequence of `float`, length S):
+            Rollouts of each state that ended correct.
+        rollouts (sequence of `int`, length S):
+            Rollouts of each state, 0 or more.
+        name (`str`, *optional*, defaults to `"value"`):
+            What a value is called in messages.
+
+    Returns:
+        `tuple` of three `np.ndarray` of shape `(S,)`, float64, in the same order.
+
+    Raises:
+        ValueError: if lengths differ, or a number is out of range.
+    """
+    v_S, k_S, n_S = (np.asarray(given, dtype=np.float64) for given in (values, successes, rollouts))
+    if not (v_S.ndim == 1 and v_S.shape == k_S.shape == n_S.shape):
+        raise ValueError(f"Lengths differ: {k_S.shape} successes, {n_S.shape} rollouts, {v_S.shape} values.")
+    for problem, is_bad in (
+        (f"has a {name} that is not in [0, 1]", ~((v_S >= 0) & (v_S <= 1))),
+        ("does not have from 0 to all of its rollouts as successes", ~((k_S >= 0) & (k_S <= n_S))),
+    ):
+        if is_bad.any():
+            first = int(np.argmax(is_bad))
+            raise ValueError(
+                f"State {first} {problem}: value {v_S[first]:g}, {k_S[first]:g} successes, {n_S[first]:g} rollouts."
+            )
+    return v_S, k_S, n_S
+
+
 def prefix_counts(samples: Iterable[Sample]) -> dict[State, Counts]:
     """
     Count, for every state that some completion passes through, the outcomes of all completions that pass through it.
