@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from conftest import REPOSITORY, STUDENT, make_policy, make_tokenizer
 
@@ -211,6 +213,25 @@ def test_recipes_of_the_example_of_programs():
     assert module.choose_recipe(["--model-name-or-path=x"]).endswith("code.yaml")
     with pytest.raises(SystemExit, match="`--dataset_name` needs `--model_name_or_path`"):
         module.choose_recipe(["--dataset_name", "some.jsonl"])
+
+
+def test_online_first(tmp_path):
+    """Problems that are solved sometimes, one step of GRPO, and a run from the warm model; again, only the run."""
+    script = REPOSITORY / "examples" / "grpo_warmup.py"
+    words = [sys.executable, str(script), "--max_steps", "1", "--num_train_problems", "24", "--num_test_problems", "8"]
+    words += ["--num_generations", "4", "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path), "--"]
+    words += ["--values", "monte_carlo", "--num_solutions", "4", "--num_completions", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kept = int(re.search(r"(\d+) of 24 problems are solved sometimes", done.stdout)[1])
+    assert 0 < kept < 24
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["policy_monte_carlo"]["mean_at_k"]["mean"] > 0
+    weights = [load_file(folder / "model.safetensors") for folder in (STUDENT, tmp_path / "warm")]
+    assert any((weights[0][name] != tensor).any() for name, tensor in weights[1].items())
+    warm = (tmp_path / "warm" / "model.safetensors").stat().st_mtime_ns
+    again = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0 and (tmp_path / "warm" / "model.safetensors").stat().st_mtime_ns == warm
 
 
 def test_the_task_of_programs():
