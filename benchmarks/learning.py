@@ -10,7 +10,8 @@ them over all is taken: a setting that is good once may fail the next time. Late
 longer, begin with the settings of the first and search the learning rate, on the first of the seeds.
 Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
 none of which anything was trained on: greedily, and 8 samples a problem at temperature 1. Intervals are Student's t
-over seeds; differences are paired: of the same seed. Later tasks have the first five of the seeds, and one iteration.
+over seeds; differences are paired: of the same seed. Later tasks have the first five of the seeds, one iteration, and
+no sibling methods (docs/siblings).
 
 A benchmark that was killed goes on where it was, also from `benchmarks/results/jobs.jsonl` of an earlier one: delete
 that and `runs/learning` to measure everything again. Writes `benchmarks/results/learning.json`, the tables in
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from learning_jobs import NUM_TEST, NUM_VALIDATION, PACKAGES, TASKS, Job, K, larger_critics, restore, run_jobs
-from learning_report import TITLES, details, draw, short, table
+from learning_report import SIBLINGS, TITLES, details, draw, short, table
 from recording import REPOSITORY, command_line, keep, origin, write_between
 
 
@@ -63,7 +64,14 @@ AXES: dict[str, tuple[Axis, ...]] = {
     "shrinkage": (RATE, BETA, STATES),
     "monte_carlo": (RATE, BETA, STATES),
 }
-AXES_LATER = dict.fromkeys(AXES, (RATE,))  # what is chosen anew on later tasks
+AXES |= {  # of the sibling methods, on the first task
+    "log_partition_sample": (RATE, BETA, STATES),
+    "log_partition_gaussian": (RATE, BETA._replace(default=0.3), STATES),
+    "listwise": (RATE, Axis("value_power", (0.5, 1.0, 2.0, 4.0, 8.0), 1.0), STATES),
+    "hard_negatives": (RATE, BETA, PASSES._replace(default=2)),
+    "worst_negatives": (RATE, BETA, PASSES._replace(default=2)),
+}
+AXES_LATER = {method: (RATE,) for method in AXES if method not in SIBLINGS}  # what is chosen anew on later tasks
 MAX_ROUNDS = 6  # of the search
 TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
 # With which two iterations of half the problems generate as many tokens as one of all: a policy that solves nearly all
@@ -159,6 +167,9 @@ def compare(
     tuned = tune(task, search, folder, num_processes)
     settings = {"student": {}} | {method: found["chosen"] for method, found in tuned.items()}
     settings |= {method: tuned[like]["chosen"] | SOLUTIONS_OF_TWICE for method, like in twice.items()}
+    if "listwise" in tuned:  # with the other sibling methods
+        rate = {"grpo_learning_rate": tuned["grpo"]["chosen"]["learning_rate"]}
+        settings["warm_up"] = tuned["critic"]["chosen"] | rate
     jobs = [job_of(task, seed, method, "test", given) for method, given in settings.items() for seed in seeds]
     results = run_jobs(jobs, folder, num_processes)
     by_method: dict[str, dict[str, Any]] = {method: {} for method in TITLES if method in settings}
@@ -186,7 +197,8 @@ def main() -> None:
     seeds, twice = given.seeds, TWICE
     for task in given.tasks:
         record["tasks"][task] = compare(task, search, twice, seeds, given.output_dir, given.num_processes)
-        chosen = {method: [found["chosen"]] for method, found in record["tasks"][task]["tuning"].items()}
+        found = record["tasks"][task]["tuning"]
+        chosen = {method: [found[method]["chosen"]] for method in AXES_LATER}
         search = Search(chosen, AXES_LATER, TUNING_SEEDS[:1])
         seeds, twice = given.seeds[:NUM_SEEDS_LATER], {}
         print(table(record["tasks"][task]))

@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -27,7 +28,8 @@ from dapo_trl.anchors import anchor_states
 from dapo_trl.preference_pairs import to_preference_pairs
 from dapo_trl.run_folder import held_out_problems
 from dapo_trl.shrinkage import fit_strength
-from dapo_trl.value_sources import SOURCES, advantages_from
+from dapo_trl.targets import LOG_PARTITIONS
+from dapo_trl.value_sources import SOURCES, advantages_from, with_values_of
 from learning_jobs import Data, dapo_trl, make_engine
 
 
@@ -143,12 +145,8 @@ def train_twice(source: str, data: Data, settings: dict[str, Any]) -> Trained:
         given += [f"--{name}" if name in data.task.settings else f"--policy.{name}", str(value)]
     dapo_trl("run", data.task, data.seed, folder, *given)
     last = folder / "iteration-2"
-    tokens = sum(
-        json.loads((place / part / "manifest.json").read_text())["counts"]["tokens_generated"]
-        for place in (folder, last)
-        for part in ("sampled", "values")
-    )
-    return Trained(make_engine(last / ("policy" if source == "critic" else f"policy_{source}")), tokens)
+    policy = last / ("policy" if source == "critic" else f"policy_{source}")
+    return Trained(make_engine(policy), tokens_of_runs(folder, last))
 
 
 # ---- What people do today ----
@@ -209,6 +207,19 @@ def solution_pairs(rows: list[Row], seed: int) -> list[Row]:
     return pairs
 
 
+def train_listwise(data: Data, settings: dict[str, Any]) -> Trained:
+    """The candidates of a state against each other, by the critic's values (DriveDPO, arXiv 2509.17940)."""
+    policy = {name: value for name, value in data.task.settings["policy"].items() if name != "beta"}
+    rows = with_values_of("critic", states_by("critic", data))
+    return train(DAPOTrainer, DAPOConfig, data, rows, data.tokens, **policy | {"loss_type": "listwise"} | settings)
+
+
+def train_on_negatives(negatives: str, data: Data, settings: dict[str, Any]) -> Trained:
+    """DPO on the best next step by the critic, against the closest or the worst one that is worth less."""
+    pairs = to_preference_pairs(data.states(), negatives, values="critic_values")
+    return train(TokenizedDPOTrainer, DPOConfig, data, pairs, data.tokens, **settings)
+
+
 def train_on_step_pairs(data: Data, settings: dict[str, Any]) -> Trained:
     """Step-DPO: the state is the prompt; the best of its next steps by Monte Carlo against the worst."""
     pairs = to_preference_pairs(states_by("monte_carlo", data), "worst")
@@ -254,7 +265,14 @@ class StopAtBudget(TrainerCallback):
 
 def train_online(data: Data, settings: dict[str, Any]) -> Trained:
     """GRPO with the token-mean loss and decoupled clipping of ByteDance's DAPO (2503.14476): online."""
-    task, counter = data.task, StopAtBudget(data.tokens)
+    trainer, counter = online_trainer(data, settings, data.tokens)
+    trained = finish(trainer, 0)
+    return Trained(trained.engine, counter.tokens)
+
+
+def online_trainer(data: Data, settings: dict[str, Any], budget: int) -> tuple[GRPOTrainer, StopAtBudget]:
+    """A trainer that ends when so many tokens are generated, and what counts them."""
+    task, counter = data.task, StopAtBudget(budget)
     batch = 4 * BATCH
     given = {
         "loss_type": "dapo",
@@ -266,7 +284,7 @@ def train_online(data: Data, settings: dict[str, Any]) -> Trained:
         "per_device_train_batch_size": batch,
         "warmup_steps": 5,
         "max_completion_length": task.settings["max_new_tokens"],
-        "max_steps": round(data.tokens / data.tokens_per_solution / batch) * settings.get("num_iterations", 1),
+        "max_steps": round(budget / data.tokens_per_solution / batch) * settings.get("num_iterations", 1),
     }
     shared = arguments(data)
     del shared["max_length"], shared["num_train_epochs"]
@@ -279,8 +297,31 @@ def train_online(data: Data, settings: dict[str, Any]) -> Trained:
         processing_class=tokenizer,
         callbacks=[counter],
     )
-    trained = finish(trainer, 0)
-    return Trained(trained.engine, counter.tokens)
+    return trainer, counter
+
+
+def train_after_warm_up(data: Data, settings: dict[str, Any]) -> Trained:
+    """Half of the tokens for GRPO, the other half for one iteration of this method from there, on half the problems."""
+    names = "-".join(f"{name}={value}" for name, value in sorted(settings.items()))
+    folder = data.folder / f"warm-{names}"
+    trainer, counter = online_trainer(data, {"learning_rate": settings.pop("grpo_learning_rate")}, data.tokens // 2)
+    trainer.train()
+    trainer.save_model(str(folder / "warm"))
+    half = str(data.task.settings["num_train_problems"] // 2)
+    given = ["--model_name_or_path", str(folder / "warm"), "--values", "critic", "--allow_unfit_critic", "true"]
+    given += ["--num_train_problems", half, "--num_test_problems", "8"]
+    given += [word for name, value in settings.items() for word in (f"--policy.{name}", str(value))]
+    dapo_trl("run", data.task, data.seed, folder / "run", *given)
+    return Trained(make_engine(folder / "run" / "policy"), counter.tokens + tokens_of_runs(folder / "run"))
+
+
+def tokens_of_runs(*folders: Path) -> int:
+    """Tokens that were generated in some runs, to learn from."""
+    return sum(
+        json.loads((folder / part / "manifest.json").read_text())["counts"]["tokens_generated"]
+        for folder in folders
+        for part in ("sampled", "values")
+    )
 
 
 def keep_student(data: Data, settings: dict[str, Any]) -> Trained:
@@ -297,6 +338,16 @@ METHODS = {
     "grpo": train_online,
     **{source: (lambda data, settings, source=source: train_policy(source, data, settings)) for source in SOURCES},
     "paper": train_as_in_the_paper,
+    **{
+        f"log_partition_{kind}": (
+            lambda data, settings, kind=kind: train_policy("critic", data, settings | {"log_partition": kind})
+        )
+        for kind in LOG_PARTITIONS
+    },
+    "listwise": train_listwise,
+    "hard_negatives": lambda data, settings: train_on_negatives("closest", data, settings),
+    "worst_negatives": lambda data, settings: train_on_negatives("worst", data, settings),
+    "warm_up": train_after_warm_up,
     "larger_critics": lambda data, settings: train_policy("critic", data, settings),  # the data have their values
     **{
         f"{source}_2": (lambda data, settings, source=source: train_twice(source, data, settings)) for source in SOURCES

@@ -28,9 +28,23 @@ TITLES = {
     "critic_2": "this method, critic, two iterations",
     "shrinkage_2": "this method, shrinkage, two iterations",
     "monte_carlo_2": "this method, Monte Carlo, two iterations",
+    "log_partition_sample": "critic, less the log-partition of the samples (AEPO)",
+    "log_partition_gaussian": "critic, less the Gaussian log-partition (AEPO)",
+    "listwise": "critic, listwise loss (DriveDPO)",
+    "hard_negatives": "DPO on next steps by the critic, closest negative (DriveDPO)",
+    "worst_negatives": "DPO on next steps by the critic, worst negative",
+    "warm_up": "GRPO on half the tokens, then critic",
 }
 BASELINES = ("rft", "dpo", "step_dpo", "kto", "grpo")
-OWN = tuple(name for name in TITLES if name not in (*BASELINES, "student"))
+SIBLINGS = (
+    "log_partition_sample",
+    "log_partition_gaussian",
+    "listwise",
+    "hard_negatives",
+    "worst_negatives",
+    "warm_up",
+)
+OWN = tuple(name for name in TITLES if name not in (*BASELINES, *SIBLINGS, "student"))
 METRICS = (f"mean@{K}", "greedy")
 
 
@@ -106,6 +120,8 @@ def short(record: dict[str, Any]) -> str:
     titles = [f"{name.replace('_', ' ')}: {metric}" for name in tasks for metric in METRICS]
     lines = [f"| method | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for method in next(iter(tasks.values()))["results"]:
+        if method in SIBLINGS:  # these are in the details
+            continue
         cells = [
             spread(scores(task, method, metric)) if method in task["results"] else ""
             for task in tasks.values()
@@ -121,7 +137,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     tasks = record["tasks"]
     figure = Figure(figsize=(6.2 * len(tasks), 4.6), layout="constrained")
     axes = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
-    methods = list(next(iter(tasks.values()))["results"])[::-1]
+    methods = [method for method in next(iter(tasks.values()))["results"] if method not in SIBLINGS][::-1]
     for axis, (name, task) in zip(axes, tasks.items(), strict=True):
         for metric, marker, shift in zip(METRICS, "os", (0.12, -0.12), strict=True):
             for row, method in enumerate(methods):
