@@ -7,9 +7,18 @@ import random
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 import reference
-from dapo_trl.earlier_outcomes import batch_values, fit_shift, kernel_values, kernel_weights, shifted_values
+from dapo_trl.earlier_outcomes import (
+    add_kernel_values,
+    batch_values,
+    fit_shift,
+    kernel_values,
+    kernel_weights,
+    shifted_values,
+)
+from dapo_trl.recipe_arguments import RecipeArguments
 from dapo_trl.values import monte_carlo_values
 
 
@@ -104,6 +113,43 @@ class TestKernelValues:
     def test_refuses(self, given, message):
         with pytest.raises(ValueError, match=message):
             kernel_values(*given)
+
+
+class TestAddKernelValues:
+    def rows(self, successes, rollouts, **columns):
+        state = {"problem_id": "1", "prefix": ["a\n"], "candidates": ["b\n", "c", "c"], "rewards": [None, 1.0, None]}
+        return Dataset.from_list([state | {"mc_successes": successes, "mc_rollouts": rollouts} | columns])
+
+    def test_by_hand(self):
+        """
+        h = 1 of two iterations: the first counts half. "b": (1/2 * 4 + 1) / (1/2 * 4 + 4) = 1/2. "c" that ends is
+        another state than "c" that goes on, which nobody saw before.
+        """
+        before = self.rows([4.0, 2.0], [4, 2]).map(
+            lambda row: {name: row[name][:2] for name in ("candidates", "rewards")}
+        )
+        now = self.rows([1.0, 2.0, 1.0], [4, 2, 4], values=[9.0, 9.0, 9.0])
+        found = add_kernel_values(now, [[before]], 1.0)
+        assert found["values"][0] == pytest.approx([1 / 2, 1.0, 1 / 4])
+        assert found["effective_rollouts"][0] == pytest.approx([36 / 5, 3**2 / 2.5, 4])
+        assert found["mc_rollouts"][0] == [4, 2, 4]
+
+    def test_states_of_solutions_count_too(self):
+        """The state after "a" and "b" of a solution that went on there; its end is no state that others could be in."""
+        row = {"problem_id": "1", "completions": ["a\n", "b\n", "c"], "mc_successes": [0.0, 1.0, 4.0, 1.0]}
+        solutions = Dataset.from_list([row | {"mc_rollouts": [9, 2, 4, 1]}])
+        now = self.rows([1.0, 0.0, 0.0], [4, 1, 1])
+        assert add_kernel_values(now, [[solutions]], 1.0)["values"][0] == pytest.approx([1 / 2, 0.0, 0.0])
+        of_another = solutions.map(lambda row: {"problem_id": "2"})
+        assert add_kernel_values(now, [[of_another]], 1.0)["values"][0] == pytest.approx([1 / 4, 0.0, 0.0])
+
+    def test_no_earlier_iteration_is_monte_carlo(self):
+        assert add_kernel_values(self.rows([1.0, 1.0, 0.0], [2, 2, 2]), [], 1.0)["values"][0] == [0.5, 0.5, 0.0]
+
+    def test_refuses_rows_without_counts(self):
+        rows = self.rows([1.0, 1.0, 0.0], [2, 2, 2])
+        with pytest.raises(ValueError, match=r"Kernel values need .* 'mc_rollouts' are not there"):
+            add_kernel_values(rows, [[rows.remove_columns("mc_rollouts")]], 1.0)
 
 
 class TestShiftedValues:
@@ -205,3 +251,20 @@ class TestBatchValues:
     def test_refuses(self, given, message):
         with pytest.raises(ValueError, match=message):
             batch_values(*given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kernel_bandwidth": 0.0, "values": "monte_carlo", "iterations": 2}, "`kernel_bandwidth` must be positive"),
+        ({"kernel_bandwidth": 1.0, "iterations": 2}, "got 'critic' and 2"),
+        ({"kernel_bandwidth": 1.0, "values": "monte_carlo"}, "got 'monte_carlo' and 1"),
+        (
+            {"kernel_bandwidth": 1.0, "values": "monte_carlo", "iterations": 2, "min_completions": 4},
+            "`kernel_bandwidth` takes mean outcomes, which `min_completions` biases",
+        ),
+    ],
+)
+def test_recipes_refuse(given, message):
+    with pytest.raises(ValueError, match=message):
+        RecipeArguments(**given)

@@ -211,6 +211,29 @@ def test_two_iterations(commands, tmp_path):
     assert {"before", "sampled", "policy/accuracy", "iteration-2/sampled"} < set(both["stages"])
 
 
+def test_outcomes_of_earlier_iterations(commands, tmp_path):
+    """They count for states that recur, from the second iteration on; the counts of the rows stay its own."""
+    small = ("--num_train_problems", "8", "--num_test_problems", "4", "--eval_k", "1", "--num_solutions", "4")
+    arguments = (*SMALL, *small, "--values", "monte_carlo", "--iterations", "2", "--policy.min_advantage_gap", "0")
+    folder = tmp_path / "run"
+    command = ("run", RECIPE, *arguments, "--kernel_bandwidth", "1.0", "--output_dir", folder)
+    code, text = commands.run(*command, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    first, second = (
+        Dataset.from_parquet(str(part / "data" / "states_monte_carlo.parquet"), cache_dir=str(tmp_path / "cache"))
+        for part in (folder, folder / "iteration-2")
+    )
+    assert "effective_rollouts" not in first.column_names
+    more = [
+        effective > own
+        for row in second
+        for effective, own in zip(row["effective_rollouts"], row["mc_rollouts"], strict=True)
+    ]
+    assert any(more) and not all(more)
+    stage = json.loads((folder / "iteration-2" / "policy_monte_carlo" / "stage.json").read_text())["config"]
+    assert stage["kernel_bandwidth"] == 1.0 and len(stage["earlier"]) == 1
+
+
 def test_a_second_iteration_later(commands, tmp_path):
     """
     A finished run goes on with another iteration: the first is not done again. Asked for one again, it has one; so it

@@ -8,17 +8,20 @@ arXiv 2605.27293) moves a table of earlier values as a whole, so that it fits ou
 Shapes: I iterations, the last one being today's; S states.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from datasets import Dataset
 
+from dapo_trl.dataset_checks import refuse_missing_columns
 from dapo_trl.values import check_table
 
 
 Numbers = Sequence[float] | np.ndarray
 
 _SHIFTS = np.linspace(-6.0, 6.0, 241)  # of log-odds, that a table is moved by
+_COUNTED = ("problem_id", "mc_successes", "mc_rollouts")
 _CLOSEST = 1e-6  # values of a table lie this far from 0 and 1 at least
 
 
@@ -146,6 +149,80 @@ def kernel_values(
     with np.errstate(invalid="ignore", divide="ignore"):
         effective = np.where(total_S > 0, total_S**2 / (w_I**2 @ n_IS), 0.0)
         return KernelEstimates(np.where(total_S > 0, w_I @ k_IS / total_S, np.nan), effective)
+
+
+def add_kernel_values(states: Dataset, earlier: Sequence[Iterable[Dataset]], bandwidth: float) -> Dataset:
+    """
+    State rows whose `values` also count what earlier iterations saw from the same states, see [`kernel_values`].
+
+    Args:
+        states ([`~datasets.Dataset`]):
+            State rows of this iteration with `problem_id`, `mc_successes` and `mc_rollouts`.
+        earlier (sequence of iterables of [`~datasets.Dataset`]):
+            State rows and solution rows of each earlier iteration, the oldest first.
+        bandwidth (`float`):
+            h, see [`kernel_weights`].
+
+    Returns:
+        [`~datasets.Dataset`]: the same rows with other `values`, and `effective_rollouts` (list of float, one per
+        candidate). A candidate that no earlier iteration came by keeps its mean outcome. The counts stay those of this
+        iteration.
+
+    Raises:
+        ValueError: if a column is missing, or a number is out of range.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from dapo_trl.earlier_outcomes import add_kernel_values
+
+    >>> state = {"problem_id": "1", "prefix": [], "candidates": ["a\\n", "b\\n"], "rewards": [None, None]}
+    >>> before, now = (
+    ...     Dataset.from_list([state | {"mc_successes": successes, "mc_rollouts": [4, 4], "values": [0.0, 0.0]}])
+    ...     for successes in ([4.0, 0.0], [1.0, 1.0])
+    ... )
+    >>> add_kernel_values(now, [[before]], bandwidth=1.0)["values"][0]
+    [0.5, 0.16666666666666666]
+
+    ```
+    """
+    for rows in (states, *(rows for tables in earlier for rows in tables)):
+        refuse_missing_columns(rows, "Kernel values need", _COUNTED, "Sampling writes them.")
+    known = [dict(item for rows in tables for row in rows for item in _outcomes(row)) for tables in earlier]
+    columns: dict[str, list[list[float]]] = {"values": [], "effective_rollouts": []}
+    for row in states:
+        keys = _candidate_keys(row)
+        counts = [[outcomes.get(key, (0.0, 0)) for key in keys] for outcomes in known]
+        counts.append(list(zip(row["mc_successes"], row["mc_rollouts"], strict=True)))
+        successes, rollouts = np.moveaxis(np.array(counts, dtype=np.float64), 2, 0)
+        found = kernel_values(successes, rollouts, bandwidth)
+        for column, numbers in zip(columns.values(), found, strict=True):
+            column.append(numbers.tolist())
+    states = states.remove_columns([name for name in columns if name in states.column_names])
+    for name, column in columns.items():
+        states = states.add_column(name, column)
+    return states
+
+
+def _outcomes(row: Mapping[str, Any]) -> Iterator[tuple[Hashable, tuple[float, int]]]:
+    """Successes and rollouts of the states that a row knows of, but for its solution's end."""
+    counts = zip(row["mc_successes"], row["mc_rollouts"], strict=True)
+    if "candidates" in row:
+        yield from zip(_candidate_keys(row), counts, strict=True)
+        return
+    for depth, outcomes in enumerate(counts):
+        if depth < len(row["completions"]):
+            yield (row["problem_id"], *row["completions"][:depth], None), outcomes
+
+
+def _candidate_keys(row: Mapping[str, Any]) -> list[Hashable]:
+    """What tells the state after each candidate apart: problem, steps, and for one that ends the solution its end."""
+    rewards = row.get("rewards") or [None] * len(row["candidates"])
+    return [
+        (row["problem_id"], *row["prefix"], step, None if reward is None else "end")
+        for step, reward in zip(row["candidates"], rewards, strict=True)
+    ]
 
 
 def shifted_values(values: Numbers, shift: float) -> np.ndarray:

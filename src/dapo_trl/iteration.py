@@ -22,6 +22,7 @@ from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.dapo_trainer import DAPOTrainer
 from dapo_trl.diagnosing import diagnose_once
 from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
+from dapo_trl.earlier_outcomes import add_kernel_values
 from dapo_trl.engines import Engine
 from dapo_trl.files import run_once, temporary_file
 from dapo_trl.interrupts import raise_if_interrupted
@@ -96,10 +97,22 @@ class Iteration:
             Name or path of the policy that samples, and that is trained.
         critics (sequence of `str`, *optional*):
             The same of the models that the critics begin with, `num_critics` of them. `None` takes the generator.
+        earlier (sequence of [`~dapo_trl.store.ShardStore`], *optional*):
+            Values of the iterations before.
+
+    Attributes:
+        values ([`~dapo_trl.store.ShardStore`] or `None`):
+            Its own, once they are there.
     """
 
     def __init__(
-        self, recipe: "Recipe", number: int, folder: Path, generator: str, critics: Sequence[str] | None
+        self,
+        recipe: "Recipe",
+        number: int,
+        folder: Path,
+        generator: str,
+        critics: Sequence[str] | None,
+        earlier: Sequence[ShardStore] = (),
     ) -> None:
         self.recipe = recipe
         self.arguments = recipe.arguments
@@ -107,6 +120,8 @@ class Iteration:
         self.generator = generator
         self.critics = critics or [generator] * self.arguments.num_critics
         self.config = self.arguments.rollout_config(number)
+        self.earlier = earlier if self.arguments.kernel_bandwidth is not None else ()
+        self.values: ShardStore | None = None
         self.results: dict[str, Any] = {"dropped": {}}
         self._is_main = PartialState().is_main_process
 
@@ -126,7 +141,7 @@ class Iteration:
         self._look_at_signal(sampled.manifest["counts"]["problems_with_signal"], stages)
         if "values" not in stages:
             return self.results
-        values = self._value(sampled)
+        values = self.values = self._value(sampled)
         states = {}
         if self.arguments.values != "monte_carlo" and "critic" in stages:
             self._train_critics(values)
@@ -137,7 +152,7 @@ class Iteration:
                 "shrinkage": self._shrink(states["critic"], held_out_problems(values.table("solutions")["problem_id"]))
             }
         if self.arguments.values in ("monte_carlo", "both") and "advantages" in stages:
-            states["monte_carlo"] = advantages_from("monte_carlo", values.table("states"))
+            states["monte_carlo"] = advantages_from("monte_carlo", self._with_earlier_outcomes(values.table("states")))
             self._write(states["monte_carlo"], "states_monte_carlo")
         if "train" in stages:
             for source, rows in states.items():
@@ -145,6 +160,13 @@ class Iteration:
         return self.results
 
     # ---- Stages ----
+
+    def _with_earlier_outcomes(self, states: Dataset) -> Dataset:
+        """Outcomes of the iterations before count too, if that is asked for."""
+        if not self.earlier:
+            return states
+        tables = [[store.table("states"), store.table("solutions")] for store in self.earlier]
+        return add_kernel_values(states, tables, self.arguments.kernel_bandwidth or 1.0)
 
     def _sample(self) -> ShardStore:
         print_title("Solutions")
@@ -368,6 +390,11 @@ class Iteration:
             settings["anchor_states"] = True
         if source != "monte_carlo":
             settings |= {"scored": scored_config(self._scored.parent)}
+        if self.earlier:
+            settings |= {
+                "kernel_bandwidth": self.arguments.kernel_bandwidth,
+                "earlier": [store.manifest["fingerprint"] for store in self.earlier],
+            }
         if source == "shrinkage" and not self._uses_critic:
             settings |= {"prior": "mean outcome"}
         results = self._train(make_trainer, self.arguments.policy, self.generator, folder, settings)

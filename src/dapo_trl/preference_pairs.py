@@ -56,7 +56,8 @@ def to_preference_pairs(
         [`~datasets.Dataset`]: rows with `prompt` (text of the prompt and the steps so far), `chosen` and `rejected`
         (text of a step), `chosen_value`, `rejected_value`; `problem_id` and token ids (`prompt_ids`, `chosen_ids`,
         `rejected_ids`) where the states have them. States without such a pair are left out, and their number is
-        logged. TRL adds an end token to each text, also to that of a step in the middle, see `docs/siblings/drivedpo.md`.
+        logged. TRL adds an end token to each text, also to that of a step in the middle: see
+        `docs/siblings/drivedpo.md`.
 
     Raises:
         ValueError: if a column is missing, an argument is out of range, or no state has a pair.

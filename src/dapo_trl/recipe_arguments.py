@@ -176,6 +176,13 @@ class RecipeArguments:
             "choices": _CHOICES["values"],
         },
     )
+    kernel_bandwidth: float | None = field(
+        default=None,
+        metadata={
+            "help": "With `values: monte_carlo`, from the second iteration on: outcomes of earlier iterations count "
+            "for states that recur, by a kernel of this width (docs/siblings/kae.md). None: not at all (paper)."
+        },
+    )
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Backbone of the critic. Default: the policy's model."}
     )
@@ -273,6 +280,7 @@ class RecipeArguments:
         if (self.engine == "openai") != bool(self.server_urls):
             raise ValueError('`server_urls` and `engine="openai"` belong together; give both or neither.')
         self._read_sections()
+        self._check_kernel()
         if self.overlong == "soft" and self.values == "shrinkage":
             raise ValueError(
                 '`values="shrinkage"` counts outcomes that are right or wrong, and `overlong="soft"` makes others. '
@@ -288,6 +296,22 @@ class RecipeArguments:
         if self.server and self.engine != "openai":
             raise ValueError(f'`server` is about `engine="openai"`, not {self.engine!r}. Remove it.')
         self.rollout_config(0)  # refuses numbers that do not fit before anything is loaded
+
+    def _check_kernel(self) -> None:
+        if self.kernel_bandwidth is None:
+            return
+        if not self.kernel_bandwidth > 0:
+            raise ValueError(f"`kernel_bandwidth` must be positive, or None, got {self.kernel_bandwidth}.")
+        if self.values != "monte_carlo" or self.iterations == 1:
+            raise ValueError(
+                '`kernel_bandwidth` is about `values="monte_carlo"` in more than one iteration; got '
+                f"{self.values!r} and {self.iterations}. Remove it, or change them."
+            )
+        if self.min_completions is not None:
+            raise ValueError(
+                "`kernel_bandwidth` takes mean outcomes, which `min_completions` biases: it stops when they are clear. "
+                "Remove one of them."
+            )
 
     def _read_sections(self) -> None:
         for section, kind in (trainer_configs() | {"server": ServerArguments, "executor": ExecutorArguments}).items():
