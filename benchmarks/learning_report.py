@@ -30,7 +30,7 @@ TITLES = {
     "monte_carlo_2": "this method, Monte Carlo, two iterations",
     "log_partition_sample": "critic, less the log-partition of the samples (AEPO)",
     "log_partition_gaussian": "critic, less the Gaussian log-partition (AEPO)",
-    "listwise": "critic, listwise loss (DriveDPO)",
+    "listwise": "critic, listwise loss, no anchors (DriveDPO)",
     "hard_negatives": "DPO on next steps by the critic, closest negative (DriveDPO)",
     "worst_negatives": "DPO on next steps by the critic, worst negative",
     "warm_up": "GRPO on half the tokens, then critic",

@@ -15,7 +15,8 @@ With your own model and data:
 
     accelerate launch --num_processes 1 examples/grpo_warmup.py \
         --model_name_or_path Qwen/Qwen2.5-Math-1.5B-Instruct --dataset_name openai/gsm8k --dataset_config main \
-        --max_new_tokens 512 --learning_rate 1e-6 --max_steps 100 --output_dir runs/warm
+        --max_new_tokens 512 --per_device_train_batch_size 16 --gradient_accumulation_steps 16 \
+        --learning_rate 1e-6 --max_steps 100 --output_dir runs/warm
 
 The second part is `dapo-trl run` with the warm model; what follows `--` goes to it, such as another recipe's path. Run
 again, the command goes on after the last part that was done.
@@ -32,6 +33,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != HERE]
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -61,6 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--num_generations", type=int, default=8, help="Solutions of a problem, also to filter by.")
     parser.add_argument("--per_device_train_batch_size", type=int, default=256, help="Completions at a time.")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--max_steps", type=int, default=15, help="Optimizer steps of the warm-up.")
     parser.add_argument("--seed", type=int, default=0)
@@ -73,7 +76,7 @@ def solved_sometimes(problems: Dataset, given: argparse.Namespace) -> Dataset:
     """Problems with right and wrong solutions, of a few: the pass rate lies between 0 and 1."""
     tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(given.model_name_or_path, dtype="auto")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = PartialState(cpu=not torch.cuda.is_available()).device
     engine = TransformersEngine(model.to(device), tokenizer, batch_size=given.per_device_train_batch_size)
     config = RolloutConfig(
         num_solutions=given.num_generations,
@@ -84,14 +87,19 @@ def solved_sometimes(problems: Dataset, given: argparse.Namespace) -> Dataset:
     store = sample_stage(problems, engine, math_reward, config, given.output_dir / "filter", shard_size=128)
     groups = group_by_problem(list(store.table("sampled")))
     kept = {group[0]["problem_id"] for group in groups if has_signal(group)}
+    if not kept:
+        raise SystemExit("No problem is solved sometimes: easier problems, a stronger model, or more generations.")
     print(f"{len(kept)} of {len(problems)} problems are solved sometimes; the others teach nothing.")
     return problems.filter(lambda row: row["problem_id"] in kept)
 
 
 def warm_up(given: argparse.Namespace) -> Path:
     """GRPO with the loss of ByteDance's DAPO; the folder of the model."""
-    folder = given.output_dir / "warm"
-    if (folder / "config.json").exists():
+    folder, done = given.output_dir / "warm", given.output_dir / "warm.json"
+    settings = {name: str(getattr(given, name)) for name in vars(given) if name not in ("output_dir", "rest")}
+    if done.exists():  # written when the weights were
+        if json.loads(done.read_text()) != settings:
+            raise SystemExit(f"{folder} was made with other arguments, see {done}. Choose another `--output_dir`.")
         return folder
     tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path)
     splits = load_problems(
@@ -115,6 +123,7 @@ def warm_up(given: argparse.Namespace) -> Path:
         num_generations=given.num_generations,
         max_completion_length=given.max_new_tokens,
         per_device_train_batch_size=given.per_device_train_batch_size,
+        gradient_accumulation_steps=given.gradient_accumulation_steps,
         learning_rate=given.learning_rate,
         max_steps=given.max_steps,
         warmup_steps=min(5, given.max_steps // 2),
@@ -135,6 +144,8 @@ def warm_up(given: argparse.Namespace) -> Path:
     )
     trainer.train()
     trainer.save_model()
+    if PartialState().is_main_process:
+        done.write_text(json.dumps(settings))
     PartialState().wait_for_everyone()
     return folder
 
@@ -146,8 +157,11 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = given.rest[:1] if given.rest and given.rest[0].endswith((".yaml", ".yml")) else []
     rest = given.rest[len(recipe) :]
     recipe = recipe or [os.path.join(HERE, "recipes", "demo.yaml" if is_demo else "paper.yaml")]
+    shared = ("max_new_tokens", "seed", "num_train_problems", "num_test_problems", "output_dir")
+    if named := [name for name in shared if any(word.partition("=")[0] == f"--{name}" for word in rest)]:
+        raise SystemExit(f"`--{named[0]}` is for both parts: give it before `--`.")
     settings = ["--model_name_or_path", str(warm), "--output_dir", str(given.output_dir / "run")]
-    for name in ("max_new_tokens", "seed", "num_train_problems", "num_test_problems"):
+    for name in shared[:-1]:
         settings += [f"--{name}", str(getattr(given, name))]
     if not is_demo:
         settings += ["--dataset_name", given.dataset_name]

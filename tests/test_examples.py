@@ -230,6 +230,10 @@ def test_online_first(tmp_path):
     weights = [load_file(folder / "model.safetensors") for folder in (STUDENT, tmp_path / "warm")]
     assert any((weights[0][name] != tensor).any() for name, tensor in weights[1].items())
     warm = (tmp_path / "warm" / "model.safetensors").stat().st_mtime_ns
+    other = subprocess.run([*words[:2], "--seed", "1", *words[2:]], capture_output=True, text=True, timeout=600)
+    assert other.returncode == 1 and "was made with other arguments" in other.stderr
+    twice = subprocess.run([*words, "--seed", "1"], capture_output=True, text=True, timeout=600)
+    assert twice.returncode == 1 and "`--seed` is for both parts: give it before `--`" in twice.stderr
     again = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0 and (tmp_path / "warm" / "model.safetensors").stat().st_mtime_ns == warm
 

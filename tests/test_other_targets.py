@@ -87,6 +87,35 @@ class TestLogPartition:
             make_trainer(tmp_path, tokenizer, rows, log_partition="sample", beta=0.05)
         assert "log-partition" not in caplog.text
 
+    def test_all_samples_count_whatever_is_left_of_them(self, tmp_path, tokenizer):
+        """The best candidate is too long, or not reliable enough: log Z is that of the state all the same."""
+        row = {"prompt": "?\n", "prefix": [], "candidates": ["a" * 40 + "\n", "b\n", "c\n"], "counts": [1, 1, 2]}
+        row |= {"advantages": [0.75, -0.25, -0.25], "reliabilities": [0.1, 1.0, 1.0]}
+        shift = 0.1 * reference.log_partition(row["advantages"], 0.1, row["counts"], "sample")
+        for given in ({"max_length": 20}, {"min_reliability": 0.5}):
+            found = make_trainer(tmp_path, tokenizer, [row], log_partition="sample", **given).train_dataset
+            assert found["advantages"][0] == pytest.approx([-0.25 - shift] * 2, rel=1e-12)
+            assert not {"sampled_advantages", "sampled_counts"} & set(found.column_names)
+
+    def test_impossible_ones_are_counted_of_what_is_trained_on(self, tmp_path, tokenizer, caplog):
+        """States that the gap filter leaves out do not hide them."""
+        row = {"prompt": "?\n", "prefix": [], "candidates": ["a\n", "b\n"], "advantages": [0.5, -0.5]}
+        flat = [row | {"prompt": f"{number}?\n", "advantages": [0.01, -0.01]} for number in range(50)]
+        with caplog.at_level(logging.WARNING):
+            trainer = make_trainer(
+                tmp_path, tokenizer, [row, *flat], log_partition="gaussian", min_advantage_gap=0.1, beta=0.02
+            )
+        assert trainer.preprocessing_report["train"]["log_partitions_impossible"] == 1
+        assert "in 1 of 1 states" in caplog.text
+
+    def test_a_state_with_one_candidate(self, tmp_path, tokenizer):
+        """With an advantage of 0, as of anchors, its log-partition is 0; another advantage would vanish."""
+        row = {"prompt": "?\n", "prefix": [], "candidates": ["a\n"], "advantages": [0.0]}
+        rows = [row, row | {"prompt": "!\n", "candidates": ["a\n", "b\n"], "advantages": [0.5, -0.5]}]
+        assert make_trainer(tmp_path, tokenizer, rows, log_partition="sample").train_dataset["advantages"][0] == [0.0]
+        with pytest.raises(ValueError, match="a state with one candidate, of advantage"):
+            make_trainer(tmp_path, tokenizer, [row | {"advantages": [0.4]}], log_partition="sample")
+
     def test_preference_rows(self, tmp_path, tokenizer):
         """Two candidates of advantages 1/2 and -1/2: log Z = log cosh(1 / (2 beta))."""
         row = {"prompt": "?\n", "chosen": "a\n", "rejected": "b\n"}
@@ -166,7 +195,21 @@ class TestListwise:
         rows = with_values(random_state_rows(3))
         rows.append({"prompt": "!\n", "prefix": [], "candidates": ["a\n"], "advantages": [0.0], "values": [0.5]})
         trainer = make_trainer(tmp_path, tokenizer, rows, loss_type="listwise")
-        assert trainer.preprocessing_report["train"]["rows_without_contrast"] == 1
+        report = trainer.preprocessing_report["train"]
+        assert report["rows_with_one_candidate"] == 1 and report["rows_without_contrast"] == 0
+
+    def test_says_whose_values_are_compared(self, tmp_path, tokenizer, caplog):
+        rows = [row | {"critic_values": row["values"]} for row in with_values(random_state_rows(2))]
+        with caplog.at_level(logging.WARNING):
+            make_trainer(tmp_path, tokenizer, rows, loss_type="listwise")
+        assert "has `critic_values`, but a listwise loss compares `values`" in caplog.text
+
+    def test_the_card_says_so(self, tmp_path, tokenizer):
+        trainer = make_trainer(tmp_path, tokenizer, with_values(random_state_rows(2)), loss_type="listwise")
+        trainer.create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "are compared with each other" in card and "| `loss_type` | listwise |" in card
+        assert "`beta`" not in card and "| `value_power`" not in card
 
     def test_learns_to_prefer_what_is_worth_more(self, tmp_path, tokenizer):
         """From the reference on, the share of the best candidate goes to its target, q = V + epsilon over their sum."""
@@ -202,8 +245,10 @@ class TestListwise:
         ({"log_partition": "mean"}, "`log_partition` must be 'sample', 'gaussian' or None, got 'mean'"),
         ({"loss_type": "dapo"}, "`loss_type` must be 'squared' or 'listwise', got 'dapo'"),
         ({"loss_type": "listwise", "log_partition": "sample"}, "`log_partition='sample'` is about targets of"),
-        ({"value_power": -1.0}, "`value_power` must be 0 or more"),
-        ({"ref_power": float("inf")}, "`ref_power` must be 0 or more, and finite"),
+        ({"loss_type": "listwise", "reliability_weights": True}, "`reliability_weights` weighs pairs"),
+        ({"value_power": 2.0}, 'are about `loss_type="listwise"`'),
+        ({"loss_type": "listwise", "value_power": -1.0}, "`value_power` must be 0 or more"),
+        ({"loss_type": "listwise", "ref_power": float("inf")}, "`ref_power` must be 0 or more, and finite"),
     ],
 )
 def test_refuses_settings(tmp_path, given, message):

@@ -68,6 +68,24 @@ def test_ids_of_the_sampler_come_along():
     (pair,) = pairs(state, values="critic_values", negatives="worst")
     assert pair["problem_id"] == "7"
     assert (pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]) == ([1, 2, 3, 4], [7, 8], [5])
+    without = state | {"candidates_ids": None, "problem_id": "8"}
+    some = pairs(state, without, values="critic_values")
+    assert len(some) == 2 and not any("chosen_ids" in pair for pair in some)  # not half a column
+
+
+def test_an_answer_that_has_begun_goes_on():
+    """A prompt that ends with an assistant's words is not closed by the template."""
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    messages = [{"role": "user", "content": "2+3+4?"}, {"role": "assistant", "content": "Let me see.\n"}]
+    (pair,) = pairs(STATE | {"prompt": messages}, processing_class=tokenizer)
+    context, _ = encode_state(messages, STATE["prefix"], STATE["candidates"], [False] * 5, tokenizer)
+    assert tokenizer(pair["prompt"])["input_ids"] == context
+    assert pair["prompt"].endswith("Let me see.\n2+3=5\n")
+
+
+def test_refuses_what_is_no_data_set():
+    with pytest.raises(TypeError, match=r"must be a `datasets\.Dataset`, got list"):
+        to_preference_pairs([STATE])
 
 
 @pytest.mark.parametrize("make", [lambda: make_tokenizer(CHAT_TEMPLATE), lambda: sentencepiece_tokenizer()])
@@ -104,6 +122,10 @@ def test_trl_trains_on_them(tmp_path):
         ([STATE], {"threshold": 0.1}, "None of 1 states has two candidates .* the lower one below `threshold=0.1`"),
         ([STATE | {"values": [0.5] * 5}], {}, "None of 1 states has two candidates whose values differ by"),
         ([STATE, STATE | {"values": None}], {}, "Row 1: it has no 'values'"),
+        ([STATE | {"values": [0.5, None, 0.1, 0.1, 0.1]}], {}, "Row 0: it has no 'values' for all candidates"),
+        ([STATE | {"values": [0.5, 0.1]}], {}, "Row 0: it has 2 'values' for 5 candidates"),
+        ([STATE | {"values": [3.0, 0.1, 0.1, 0.1, 0.1]}], {}, "Row 0: Values are probabilities"),
+        ([STATE], {"threshold": 0.0}, "`threshold` is a value that rejected steps are below"),
         ([STATE | {"rewards": [1.0]}], {}, "Row 0: `values` and `rewards` must have the same length"),
         ([STATE | {"prompt": [{"role": "user", "content": "?"}]}], {}, "Row 0: its prompt is conversational. Pass"),
     ],

@@ -173,6 +173,7 @@ def test_settings_of_earlier_runs_are_still_theirs():
     [
         ({"overlong": "mask"}, "`overlong` must be 'wrong', 'drop' or 'soft', got 'mask'"),
         ({"overlong_buffer": 4}, '`overlong_buffer` is about `overlong="soft"`'),
+        ({"overlong": "soft", "min_completions": 4}, "`min_completions` stops by outcomes that are right or wrong"),
         ({"overlong": "soft", "overlong_buffer": 10**6}, "from 1 to `max_new_tokens`, which is 1024; got 1000000"),
     ],
 )

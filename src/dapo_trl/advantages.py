@@ -57,7 +57,7 @@ def sibling_advantages(values: Sequence[float], counts: Sequence[int] | None = N
             "more completions from it, or give `advantages` yourself."
         )
     n_C = _as_counts(counts, v_C, "values")
-    _check_probabilities(v_C)
+    check_probabilities(v_C)
     return v_C - np.average(v_C, weights=n_C)
 
 
@@ -95,7 +95,7 @@ def step_advantages(values: Sequence[float]) -> np.ndarray:
     v_tm1_to_K = np.asarray(values, dtype=np.float64)
     if v_tm1_to_K.ndim != 1 or v_tm1_to_K.size < 2:
         raise ValueError(f"A solution of K steps has K + 1 values, so at least two, got {v_tm1_to_K.size}.")
-    _check_probabilities(v_tm1_to_K)
+    check_probabilities(v_tm1_to_K)
     return np.diff(v_tm1_to_K)
 
 
@@ -351,7 +351,17 @@ def _as_counts(counts: Sequence[int] | None, values: np.ndarray, name: str) -> n
     return n_C
 
 
-def _check_probabilities(values: np.ndarray) -> None:
+def check_probabilities(values: np.ndarray) -> None:
+    """
+    Refuse values that are no probabilities.
+
+    Args:
+        values (`np.ndarray`):
+            Values of states.
+
+    Raises:
+        ValueError: if one is not in [0, 1].
+    """
     bad = [value for value in values.tolist() if not (math.isfinite(value) and 0.0 <= value <= 1.0)]
     if bad:
         raise ValueError(f"Values are probabilities of success and must lie in [0, 1], got {bad[0]}.")

@@ -6,7 +6,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -63,6 +63,18 @@ _SHOWN = (
     "bf16",
     "fp16",
 )
+_SHOWN_IF_CHANGED = (
+    "loss_type",
+    "log_partition",
+    "value_power",
+    "ref_power",
+    "reliability_weights",
+    "min_reliability",
+)
+_TARGETS = {  # what a policy learns, by `loss_type`
+    "squared": "each step's log-ratio to the reference is regressed onto its advantage divided by `beta`",
+    "listwise": "the next steps of a state are compared with each other, and drawn towards those of higher value",
+}
 
 
 # Metrics of an evaluation that a card shows, where they were measured: name in the logs -> name of the metric, title.
@@ -154,6 +166,7 @@ def save_model_card(
         "base model": _base_model(trainer),
         "links": _links(datasets, known.critic_name),
         "hyper-parameters": _hyper_parameters(trainer),
+        "target": _TARGETS[getattr(trainer.args, "loss_type", "squared")],
         "recipe": _recipe(known.recipe),
         "data": _data(trainer),
         "results": _results_table(known.results or results),
@@ -338,7 +351,13 @@ def _base_model(trainer: Any) -> str:
 
 
 def _hyper_parameters(trainer: Any) -> str:
-    values = {name: getattr(trainer.args, name) for name in _SHOWN if hasattr(trainer.args, name)}
+    args = trainer.args
+    defaults = {entry.name: entry.default for entry in fields(args)}
+    values = {name: getattr(args, name) for name in _SHOWN if hasattr(args, name)}
+    changed = (name for name in _SHOWN_IF_CHANGED if hasattr(args, name) and getattr(args, name) != defaults[name])
+    values |= {name: getattr(args, name) for name in changed}
+    if values.get("loss_type") == "listwise":
+        del values["beta"]
     del values["num_train_epochs" if trainer.args.max_steps > 0 else "max_steps"]  # the other one decides
     shown = {name: "none" if value is None else getattr(value, "value", value) for name, value in values.items()}
     rows = [f"| `{name}` | {value} |" for name, value in shown.items()]

@@ -43,10 +43,10 @@ class DAPOConfig(_StepConfig):
             layout, with a warning.
         max_tokens_per_row (`int`, *optional*):
             Token budget of a row of trees; a larger batch becomes several rows. In a single process they go through the
-            model one after the other, so that this bounds memory, whatever the batch size; several processes run all
-            rows of a batch together. A sequence that exceeds it is cut as for `max_length`. `None` takes what is
-            fastest: 4,096 on a CPU, but more rather than repeat a long path; 2,048 under
-            `attn_implementation="eager"`, or the longest sequence; no limit on a GPU.
+            model one after the other, so that this bounds memory, whatever the batch size; several processes, and
+            `loss_type="listwise"`, run all rows of a batch together. A sequence that exceeds it is cut as for
+            `max_length`. `None` takes what is fastest: 4,096 on a CPU, but more rather than repeat a long path; 2,048
+            under `attn_implementation="eager"`, or the longest sequence; no limit on a GPU.
         min_advantage_gap (`float`, *optional*, defaults to `0.1`):
             States whose largest and smallest advantage differ by less are left out. Paper: 0.1. `0.0` keeps all.
         duplicate_weights (`str`, *optional*, defaults to `"uniform"`):
@@ -71,15 +71,17 @@ class DAPOConfig(_StepConfig):
 
         beta (`float`, *optional*, defaults to `0.01`):
             Scale of the target A/beta of a step's log-ratio. Paper: 0.01 or 0.02. A small model trained for a few
-            hundred steps wants more: the demo uses 0.1.
+            hundred steps wants more: the demo uses 0.03.
         log_partition (`str`, *optional*):
             What is subtracted from the target A/beta, so that it is that of the soft-optimal policy: `"sample"`, the
-            log of the mean of exp(A/beta) over the samples of the state, or `"gaussian"`, var/(2 beta^2), which is
-            usable for large beta only, see [`~dapo_trl.targets.log_partition`]. Needs state rows. Paper: `None`.
+            log of the mean of exp(A/beta) over the samples of the state, or `"gaussian"`, mean/beta + var/(2 beta^2),
+            which is usable for large beta only, see [`~dapo_trl.targets.log_partition`]. It needs rows with several
+            candidates of a state. Paper: `None`.
         loss_type (`str`, *optional*, defaults to `"squared"`):
             `"squared"`, the paper's regression of log-ratios onto A/beta, see [`~dapo_trl.losses.dapo_loss`]; or
             `"listwise"`, which compares the candidates of a state with each other by their `values`, see
-            [`~dapo_trl.losses.listwise_loss`], and knows neither `beta` nor `log_partition`. It needs state rows.
+            [`~dapo_trl.losses.listwise_loss`], and knows neither `beta` nor `log_partition`, nor weights of candidates.
+            It needs state rows.
         value_power (`float`, *optional*, defaults to `1.0`):
             Power of the candidates' values in the targets of `loss_type="listwise"`: the larger, the more is asked for.
         ref_power (`float`, *optional*, defaults to `1.0`):
@@ -163,6 +165,13 @@ class DAPOConfig(_StepConfig):
             raise ValueError(
                 f'`log_partition={self.log_partition!r}` is about targets of `loss_type="squared"`. Remove one of them.'
             )
+        if self.loss_type == "listwise" and self.reliability_weights:
+            raise ValueError(
+                '`reliability_weights` weighs pairs, and `loss_type="listwise"` has none: it compares the candidates '
+                "of a state. Remove one of them; `min_reliability` leaves candidates out."
+            )
+        if self.loss_type == "squared" and (self.value_power, self.ref_power) != (1.0, 1.0):
+            raise ValueError('`value_power` and `ref_power` are about `loss_type="listwise"`. Set it, or remove them.')
         for name in ("value_power", "ref_power"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be 0 or more, and finite, got {getattr(self, name)}.")

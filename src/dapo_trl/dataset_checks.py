@@ -217,6 +217,12 @@ def refuse_without_values(dataset: Dataset, row_format: str, name: str) -> None:
             f'Row {rows.index(None)} of `{name}_dataset` has no `values`, which `loss_type="listwise"` needs. Fill '
             "them in, or drop the row."
         )
+    others = [column for column in ("critic_values", "shrinkage_values") if column in dataset.column_names]
+    if others:
+        logger.warning(
+            f"`{name}_dataset` has `{others[0]}`, but a listwise loss compares `values`. To train on the others, "
+            "`dapo_trl.value_sources.with_values_of` puts them there."
+        )
 
 
 def refuse_without_candidates(row_format: str, name: str, log_partition: str) -> None:

@@ -142,7 +142,8 @@ def kernel_values(
         iteration, state = np.argwhere(bad)[0]
         raise ValueError(
             f"State {state} has {k_IS[iteration, state]:g} successes in {n_IS[iteration, state]:g} rollouts of "
-            f"iteration {iteration + 1}" + (" without what is left out." if left_out is not None else ".")
+            f"iteration {iteration + 1}"
+            + (" without what is left out." if left_out is not None and iteration == len(k_IS) - 1 else ".")
         )
     w_I = kernel_weights(len(k_IS), bandwidth)
     total_S = w_I @ n_IS
@@ -333,8 +334,8 @@ def batch_values(
             What each state belongs to, such as its trajectory or problem: for a state, no state of its own group
             counts, as their outcomes are not independent of its own. `None` makes each state its own.
         margin (`float`, *optional*, defaults to `0.02`):
-            States with values that near to 0 or 1 say nothing about the others, and keep their values: their weights
-            would have no bound.
+            States with values that near to 0 or 1 say nothing about the others, and keep their values: near 1 a
+            weight would have no bound, near 0 it is next to nothing.
 
     Returns:
         `np.ndarray` of shape `(S,)`: b. Where no other state counts, the value itself.

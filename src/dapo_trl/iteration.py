@@ -5,7 +5,7 @@ One pass of the method: from a generator to a better policy. The stages of a run
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
@@ -166,7 +166,7 @@ class Iteration:
         if not self.earlier:
             return states
         tables = [[store.table("states"), store.table("solutions")] for store in self.earlier]
-        return add_kernel_values(states, tables, self.arguments.kernel_bandwidth or 1.0)
+        return add_kernel_values(states, tables, cast(float, self.arguments.kernel_bandwidth))
 
     def _sample(self) -> ShardStore:
         print_title("Solutions")
@@ -346,7 +346,7 @@ class Iteration:
         """Advantages from the critic's values; with standard errors, if anything can be said of these."""
         try:
             strength = fit_strength(unseen)
-        except ValueError as error:  # no state was seen twice
+        except ValueError as error:  # no state was seen twice, or outcomes are not right or wrong
             policy = self.arguments.policy
             if policy.get("reliability_weights") or policy.get("min_reliability"):
                 raise ValueError(f"How far the critic's values can be relied on is not known. {error}") from error
@@ -382,7 +382,7 @@ class Iteration:
             if config.loss_type == "listwise":
                 used = with_values_of(source, rows)
             if self.arguments.anchor_states:
-                used = concatenate_datasets([rows, anchor_states(values.table("solutions"), rows)])
+                used = concatenate_datasets([used, anchor_states(values.table("solutions"), used)])
             return DAPOTrainer(self.generator, args=config, train_dataset=used, **self._trainer_arguments())
 
         settings = self._settings(self.arguments.policy, self.generator, values.manifest["fingerprint"])

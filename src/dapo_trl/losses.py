@@ -5,6 +5,8 @@ Shapes: P pairs (state, action), S states. The losses are means over *everything
 that splits a step into micro-batches asks for `reduction="sum"` and divides by the total weight itself.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -139,8 +141,8 @@ def listwise_loss(
     ```
     """
     _check_same_shape(logps=logps, ref_logps=ref_logps, values=values, state_index=state_index, weights=weights)
-    if value_power < 0 or ref_power < 0:
-        raise ValueError(f"Powers must be 0 or more, got {value_power=} and {ref_power=}.")
+    if not (0 <= value_power < math.inf and 0 <= ref_power < math.inf):
+        raise ValueError(f"Powers must be 0 or more, and finite, got {value_power=} and {ref_power=}.")
     logps, ref_logps, values = map(_at_least_float32, (logps, ref_logps, values))
     if weights is not None:
         kept = weights > 0

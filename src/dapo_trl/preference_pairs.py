@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dapo_trl.advantages import with_true_rewards
+from dapo_trl.advantages import check_probabilities, with_true_rewards
 from dapo_trl.dataset_checks import refuse_missing_columns
-from dapo_trl.tokenization import template_arguments
+from dapo_trl.tokenization import render_prompt, template_arguments
 
 
 logger = logging.getLogger(__name__)
 
 NEGATIVES = ("closest", "worst")
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "tokenizer_fingerprint")
 
 
 def to_preference_pairs(
@@ -54,13 +56,14 @@ def to_preference_pairs(
 
     Returns:
         [`~datasets.Dataset`]: rows with `prompt` (text of the prompt and the steps so far), `chosen` and `rejected`
-        (text of a step), `chosen_value`, `rejected_value`; `problem_id` and token ids (`prompt_ids`, `chosen_ids`,
-        `rejected_ids`) where the states have them. States without such a pair are left out, and their number is
-        logged. TRL adds an end token to each text, also to that of a step in the middle: see
-        `docs/siblings/drivedpo.md`.
+        (text of a step), `chosen_value`, `rejected_value`; `problem_id` where the states have it, and token ids
+        (`prompt_ids`, `chosen_ids`, `rejected_ids`, with the `tokenizer_fingerprint`) where all have them. States
+        without such a pair are left out, and their number is logged. TRL adds an end token to each text, also to that
+        of a step in the middle: see `docs/siblings/drivedpo.md`.
 
     Raises:
-        ValueError: if a column is missing, an argument is out of range, or no state has a pair.
+        TypeError: if `dataset` is no data set.
+        ValueError: if a column is missing, a row is bad, an argument is out of range, or no state has a pair.
 
     Example:
 
@@ -82,14 +85,16 @@ def to_preference_pairs(
         raise ValueError(f"`negatives` must be 'closest' or 'worst', got {negatives!r}.")
     if not 0 <= min_gap <= 1:
         raise ValueError(f"`min_gap` must lie in [0, 1], got {min_gap}.")
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ValueError(f"`threshold` is a value that rejected steps are below, in (0, 1], or None; got {threshold}.")
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}.")
     cure = "They are state rows, see `docs/formats.md`."
     refuse_missing_columns(dataset, "Preference pairs need", ("prompt", "prefix", "candidates", values), cure)
     pairs = []
     for index, row in enumerate(dataset):
         try:
-            if row[values] is None:
-                raise ValueError(f"it has no {values!r}. Fill them in, or drop the row.")
-            v_C = with_true_rewards(row[values], row.get("rewards"))
+            v_C = _values(row, values)
             places = _choose(row["candidates"], v_C, negatives, threshold, min_gap)
             if places is not None:
                 pairs.append(_pair(row, v_C, *places, processing_class))
@@ -104,6 +109,8 @@ def to_preference_pairs(
         )
     if left_out:
         logger.info("%d of %d states have no pair of candidates that differ enough.", left_out, len(dataset))
+    if any("chosen_ids" not in pair for pair in pairs):  # not half a column
+        pairs = [{name: cell for name, cell in pair.items() if name not in _IDS} for pair in pairs]
     return Dataset.from_list(pairs)
 
 
@@ -133,23 +140,35 @@ def _pair(
     rejected: int,
     processing_class: PreTrainedTokenizerBase | None,
 ) -> dict[str, Any]:
-    pair = {"problem_id": row["problem_id"]} if "problem_id" in row else {}
+    pair = {name: row[name] for name in ("problem_id",) if name in row}
     pair["prompt"] = _prompt_text(row, processing_class) + "".join(row["prefix"])
     for name, place in (("chosen", chosen), ("rejected", rejected)):
         pair |= {name: row["candidates"][place], f"{name}_value": v_C[place]}
     if row.get("candidates_ids") is not None:
         pair["prompt_ids"] = [*row["prompt_ids"], *(token for step in row["prefix_ids"] for token in step)]
         pair |= {"chosen_ids": row["candidates_ids"][chosen], "rejected_ids": row["candidates_ids"][rejected]}
+        pair |= {name: row[name] for name in ("tokenizer_fingerprint",) if name in row}
     return pair
 
 
 def _prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> str:
     """The prompt as the model reads it, without the token that its tokenizer puts before every text."""
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return prompt
+    if isinstance(row["prompt"], str):
+        return row["prompt"]
     if tokenizer is None:
         raise ValueError("its prompt is conversational. Pass the model's tokenizer as `processing_class`.")
-    render: Any = tokenizer.apply_chat_template
-    text: str = render(prompt, tokenize=False, add_generation_prompt=True, **template_arguments(row))
-    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and tokenizer("").input_ids[:1] else text
+    text, _ = render_prompt(row["prompt"], tokenizer, **template_arguments(row))
+    adds_begin = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds_begin else text
+
+
+def _values(row: dict[str, Any], column: str) -> list[float]:
+    """Values of the candidates, true rewards in their place."""
+    values = row[column]
+    if values is None or None in values:
+        raise ValueError(f"it has no {column!r} for all candidates. Fill them in, or drop the row.")
+    if len(values) != len(row["candidates"]):
+        raise ValueError(f"it has {len(values)} {column!r} for {len(row['candidates'])} candidates.")
+    v_C = with_true_rewards(values, row.get("rewards"))
+    check_probabilities(np.asarray(v_C, dtype=np.float64))
+    return v_C

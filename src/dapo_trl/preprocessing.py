@@ -43,7 +43,9 @@ from dapo_trl.tokenized_rows import (
 
 logger = logging.getLogger(__name__)
 
+_SAMPLED = ("sampled_advantages", "sampled_counts")  # of all candidates of a state, for its log-partition
 _IMPOSSIBLE_SHARE = 0.05  # of the states; more Gaussian log-partitions are worth a warning
+_ROUNDING = 1e-9  # nats
 
 _TOKEN_FEATURES = {
     "context_ids": List(Value("int64")),
@@ -118,7 +120,8 @@ def prepare_policy_dataset(
         `tuple[Dataset, dict[str, int]]`: tokenized rows, and counts: `rows`, `rows_kept`, `rows_merged` (joined another
         row of the same state), `steps`, `steps_truncated` (did not fit into `max_length`), `rows_too_long` (no step
         fitted), `rows_without_contrast` (gap too small), `steps_unreliable` (candidates below `min_reliability`) and
-        `rows_unreliable` (no candidate above).
+        `rows_unreliable` (no candidate above); listwise `rows_with_one_candidate`, and of Gaussian log-partitions
+        `log_partitions_impossible`.
 
     Raises:
         TypeError: if `dataset` is no `Dataset`.
@@ -140,7 +143,7 @@ def prepare_policy_dataset(
         refuse_without_values(dataset, row_format, name)
     if log_partition is not None:
         refuse_without_candidates(row_format, name, log_partition)
-    needed = {"values": from_values or is_listwise, "counts": from_values or log_partition is not None}
+    needed = {"values": from_values or is_listwise, "counts": from_values}
 
     def tokenize(row: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:
         tokens = tokenize_policy_row(row, row_format, tokenizer, duplicate_weights, reliability_weights)
@@ -149,6 +152,9 @@ def prepare_policy_dataset(
             tokens["values"] = with_true_rewards(row["values"], row.get("rewards"))
         if needed["counts"]:
             tokens["counts"] = row.get("counts") or [1] * num_steps
+        if log_partition is not None:  # of all samples, whatever is left of them
+            tokens["sampled_advantages"] = tokens["advantages"]
+            tokens["sampled_counts"] = row.get("counts") or [1] * num_steps
         tokens |= {
             "source_rows": [index] * num_steps,
             "source_steps": list(range(num_steps)),
@@ -162,14 +168,14 @@ def prepare_policy_dataset(
 
     features = _TOKEN_FEATURES | _PAIR_FEATURES
     features = features | {column: List(Value("float64")) for column, is_needed in needed.items() if is_needed}
+    if log_partition is not None:
+        features = features | {column: List(Value("float64")) for column in _SAMPLED}
     if "ref_logps" in dataset.column_names:
         features = features | {"ref_logps": List(Value("float64"))}
     tokenized = _tokenize(dataset, tokenize, features, name, num_proc)
     num_merged = 0
     if row_format == "state":
         tokenized, num_merged = _merge_states(tokenized, from_values)
-    if log_partition is not None:
-        tokenized = _less_log_partition(tokenized, beta, log_partition, name)
     done_with = {"values": not is_listwise, "counts": True}
     tokenized = tokenized.remove_columns([column for column in needed if needed[column] and done_with[column]])
 
@@ -177,6 +183,10 @@ def prepare_policy_dataset(
     fates = [_policy_fate(row, min_advantage_gap, is_listwise) for row in compared]
     limits = [f"{limit_name}={max_length}", f"{min_advantage_gap=}", f"{min_reliability=}"]
     prepared, report = _select(tokenized, fates, len(dataset), num_merged, name, limits)
+    if log_partition is not None:
+        prepared, num_impossible = _less_log_partition(prepared, beta, log_partition, name)
+        if log_partition == "gaussian":
+            report["log_partitions_impossible"] = num_impossible
     if "ref_logps" in prepared.column_names:
         check_ref_logps_are_complete(prepared, name)
     return prepared, report
@@ -208,7 +218,8 @@ def _policy_fate(row: dict[str, Any], min_advantage_gap: float, is_listwise: boo
     # 0.6 - 0.5 must not fail 0.1 by its last bit.
     is_compared = row["num_branches"] > 1
     no_contrast = is_compared and advantage_gap(row["advantages"]) < min_advantage_gap - 1e-9
-    no_contrast |= is_listwise and len(row["advantages"]) < 2
+    if is_listwise and len(row["advantages"]) < 2:
+        return "alone"
     return "without_contrast" if no_contrast else "kept"
 
 
@@ -302,28 +313,30 @@ def _tokenize(
     )
 
 
-def _less_log_partition(tokenized: Dataset, beta: float, kind: str, name: str) -> Dataset:
-    """Advantages less beta times the log-partition of their state: the loss takes them for its targets, over beta."""
-    num_impossible = 0
-
-    shifted: list[list[float]] = []
-    for row in tokenized.select_columns(["advantages", "counts"]):
-        a_C, n_C = row["advantages"], row["counts"]
-        if not a_C:  # nothing of it fitted
-            shifted.append([])
-            continue
-        num_impossible += kind == "gaussian" and gaussian_excess(a_C, beta, n_C) > 0
+def _less_log_partition(prepared: Dataset, beta: float, kind: str, name: str) -> tuple[Dataset, int]:
+    """
+    Advantages less beta times the log-partition of their state, which the loss makes targets of; and in how many states
+    the log-partition is impossible.
+    """
+    shifted, num_impossible = [], 0
+    for row in prepared.select_columns(["advantages", "sampled_advantages", "sampled_counts"]):
+        a_C, n_C = row["sampled_advantages"], row["sampled_counts"]
+        if len(a_C) == 1 and a_C[0] != 0:
+            raise ValueError(
+                f"`log_partition={kind!r}` is a mean over the candidates of a state, but `{name}_dataset` has a state "
+                f"with one candidate, of advantage {a_C[0]:g}. Give all of its candidates, or leave the option out."
+            )
+        num_impossible += kind == "gaussian" and gaussian_excess(a_C, beta, n_C) > _ROUNDING
         shift = beta * log_partition_of(a_C, beta, n_C, kind)
-        shifted.append([advantage - shift for advantage in a_C])
+        shifted.append([advantage - shift for advantage in row["advantages"]])
     if num_impossible > _IMPOSSIBLE_SHARE * len(shifted):
         logger.warning(
             f'`{name}_dataset`: in {num_impossible} of {len(shifted)} states `log_partition="gaussian"` is larger '
             f"than any log-partition of these advantages can be at `beta={beta}`, and every candidate would be made "
             'less likely. Raise `beta`, or use `log_partition="sample"`.'
         )
-    return tokenized.remove_columns("advantages").add_column(
-        "advantages", shifted, feature=_PAIR_FEATURES["advantages"]
-    )
+    rest = prepared.remove_columns(["advantages", "sampled_advantages", "sampled_counts"])
+    return rest.add_column("advantages", shifted, feature=_PAIR_FEATURES["advantages"]), num_impossible
 
 
 def _merge_states(tokenized: Dataset, from_values: bool) -> tuple[Dataset, int]:
@@ -337,13 +350,15 @@ def _merge_states(tokenized: Dataset, from_values: bool) -> tuple[Dataset, int]:
     def merge(indices: list[int]) -> dict[str, Any]:
         rows = [tokenized[index] for index in indices]
         merged = dict(rows[0])
-        for column in ("branches", *PER_PAIR):
+        for column in ("branches", *PER_PAIR, *_SAMPLED):
             if column in merged:
                 merged[column] = [value for row in rows for value in row[column]]
         for column in ("num_branches", "removed", "unreliable", "steps"):
             merged[column] = sum(row[column] for row in rows)
         if from_values and len(merged["values"]) > 1:  # the mean is over the candidates of all rows
             merged["advantages"] = sibling_advantages(merged["values"], merged["counts"]).tolist()
+            if _SAMPLED[0] in merged:
+                merged |= dict(zip(_SAMPLED, (merged["advantages"], merged["counts"]), strict=True))
         return merged | {"length": max(row["length"] for row in rows)}
 
     alone = [indices[0] for indices in states.values() if len(indices) == 1]
@@ -375,6 +390,8 @@ def _select(
         "rows_unreliable": fates.count("unreliable"),
     }
     selected = tokenized.select(kept)
+    if "alone" in fates:
+        report["rows_with_one_candidate"] = fates.count("alone")
     report["steps"] = sum(selected["steps"])
     first_too_long = tokenized["index"][fates.index("too_long")] if report["rows_too_long"] else None
     _explain(report, first_too_long, name, limits)
@@ -394,6 +411,8 @@ def _explain(report: dict[str, int], first_too_long: int | None, name: str, limi
         )
     if report["rows_without_contrast"]:
         reasons.append(f"{report['rows_without_contrast']} states have an advantage gap below `{limits[1]}`")
+    if report.get("rows_with_one_candidate"):
+        reasons.append(f"{report['rows_with_one_candidate']} states have one candidate, which is compared with none")
     if report["steps_unreliable"]:
         reasons.append(
             f"{report['steps_unreliable']} candidates have a reliability below `{limits[2]}`, which leaves "

@@ -286,6 +286,12 @@ class RecipeArguments:
                 '`values="shrinkage"` counts outcomes that are right or wrong, and `overlong="soft"` makes others. '
                 "Choose `critic` or `monte_carlo`, or another `overlong`."
             )
+        if self.overlong == "soft" and (self.policy.get("reliability_weights") or self.policy.get("min_reliability")):
+            raise ValueError(
+                'How far values can be relied on is fitted to outcomes that are right or wrong, and `overlong="soft"` '
+                "makes others. Remove `policy.reliability_weights` and `policy.min_reliability`, or choose another "
+                "`overlong`."
+            )
         if self.anchor_states and self.policy.get("loss_type") == "listwise":
             raise ValueError(
                 '`anchor_states` are states with nothing to compare, which `policy.loss_type="listwise"` does. Remove '

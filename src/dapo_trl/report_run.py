@@ -22,7 +22,7 @@ _SPLITS = {"train": "trained on", "eval": "measured with"}
 
 # What stages count: what was left out or does not count as it is, and everything else.
 LEFT_OUT = {
-    "truncated": "broke off at `max_new_tokens`; they count as wrong",
+    "truncated": "broke off at `max_new_tokens`; they count as wrong, unless `overlong` is `drop`",
     "not_judged": "the verifier could not say whether they are right",
     "empty": "have no text at all",
     "problems_not_judged": "problems none of whose solutions could be judged",

@@ -114,6 +114,11 @@ class RolloutConfig:
                 f'`overlong_buffer` is about `overlong="soft"`, and from 1 to `max_new_tokens`, which is {most}; got '
                 f"{buffer} with `overlong={self.overlong!r}`."
             )
+        if self.overlong == "soft" and self.min_completions is not None:
+            raise ValueError(
+                '`min_completions` stops by outcomes that are right or wrong, and `overlong="soft"` makes others. '
+                "Remove one of them."
+            )
         self.stopping_rule  # noqa: B018 (checks its numbers)
 
     def describe(self) -> dict[str, Any]:
@@ -188,7 +193,7 @@ def sample_solutions(
 
     Returns:
         `tuple[list[dict], dict[str, int]]`: `num_solutions` rows a problem with the problem's columns, `prompt_ids`,
-        `completions` (the steps), `completions_ids`, `reward` (`None` if it cannot be judged), `truncated`, `sample`
+        `completions` (the steps), `completions_ids`, `reward` (`None` if it counts not at all), `truncated`, `sample`
         (its number) and lineage; and counts of what was sampled.
     """
     sampler = _Sampler(engine, reward_function, config, on_completion)
@@ -312,8 +317,8 @@ def collect_rollouts(
     All in memory and in one go; `dapo-trl sample` and `dapo-trl values` do the same on disk, and go on after a kill.
 
     A state that several solutions share is estimated once, and a completion counts for every state it passes through
-    (see [`~dapo_trl.values.prefix_counts`]). A truncated completion counts as wrong, and is not shown to the reward
-    function; one that cannot be judged counts not at all. Both are in the report.
+    (see [`~dapo_trl.values.prefix_counts`]). A truncated completion counts as wrong, unless `overlong` says otherwise,
+    and is not shown to the reward function; one that cannot be judged counts not at all. Both are in the report.
 
     Args:
         problems ([`~datasets.Dataset`]):

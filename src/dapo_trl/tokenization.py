@@ -105,7 +105,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template
 
     ```
     """
-    ids = _encode_text(*_render(prompt, tokenizer, **template_kwargs), tokenizer)
+    ids = _encode_text(*render_prompt(prompt, tokenizer, **template_kwargs), tokenizer)
     if not ids:
         raise ValueError(
             f"The prompt {prompt!r} has no token. Add a `bos_token` to the tokenizer or text to the prompt."
@@ -138,7 +138,7 @@ def encode_solution(
     Raises:
         ValueError: if two steps end within one token, so that one of them would have none.
     """
-    text, is_rendered = _render(prompt, tokenizer, **template_kwargs)
+    text, is_rendered = render_prompt(prompt, tokenizer, **template_kwargs)
     prompt_ids = _encode_text(text, is_rendered, tokenizer)
     full_text = text + "".join(steps)
     full_ids = _encode_text(full_text, is_rendered, tokenizer)
@@ -184,7 +184,7 @@ def encode_state(
         `tuple[list[int], list[list[int]]]`: ids of the state, and of each of the C candidates. Where a tokenizer merges
         characters across their boundary, the state is what all of them have in common.
     """
-    text, is_rendered = _render(prompt, tokenizer, **template_kwargs)
+    text, is_rendered = render_prompt(prompt, tokenizer, **template_kwargs)
     text += "".join(prefix)
     state_ids = _encode_text(text, is_rendered, tokenizer)
     full_ids = [_encode_text(text + candidate, is_rendered, tokenizer) for candidate in candidates]
@@ -219,7 +219,7 @@ def encode_preference(
     """
     if isinstance(row["prompt"], str):
         return encode_state(row["prompt"], [], [row["chosen"], row["rejected"]], [True, True], tokenizer)
-    generated_from, _ = _render(row["prompt"], tokenizer, **template_kwargs)
+    generated_from, _ = render_prompt(row["prompt"], tokenizer, **template_kwargs)
     messages = {name: _messages(row[name]) for name in ("prompt", "chosen", "rejected")}
     text = apply_chat_template(messages, tokenizer, **template_kwargs)
     if text["prompt"] != generated_from:  # TRL takes what they have in common
@@ -281,8 +281,24 @@ def end_written_by_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, 
     return None
 
 
-def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> tuple[str, bool]:
-    """Text of the prompt, and whether a chat template made it (then it already holds its special tokens)."""
+def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> tuple[str, bool]:
+    """
+    Text of a prompt as generation sees it.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, plain or conversational.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        **template_kwargs:
+            Passed to the chat template.
+
+    Returns:
+        `tuple[str, bool]`: the text, and whether a chat template made it: then it holds its special tokens already.
+
+    Raises:
+        ValueError: if the prompt is conversational and there is no chat template.
+    """
     if isinstance(prompt, str):
         return prompt, False
     if tokenizer.chat_template is None:
