@@ -53,6 +53,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/gate.py
 	$(BIN)/python benchmarks/gate.py --task word_problems --seeds 0 1 2 3 4
 	$(BIN)/python benchmarks/iterations.py
+	$(BIN)/python benchmarks/second_iteration.py
 	$(BIN)/python benchmarks/kill.py
 	$(BIN)/python benchmarks/execution.py
 	$(BIN)/python benchmarks/code_demo.py

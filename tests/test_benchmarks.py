@@ -34,6 +34,7 @@ MARKS = {  # in the documents, of the scripts that have written between them
     "ablations": "ablations",
     "gate": "gate",
     "iterations": "iterations",
+    "second_iteration": "second_iteration",
     "learning": "learning",
     "estimators": "estimators",
     "kill": "kill",
