@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 BATCH_SIZE = 8
 RESUMED = ("policy", "critic-lora")  # in their middle
-RUNS = ("policy", "policy-lora", "policy-online", "policy-lora-online", "critic", "critic-lora")
+RUNS = ("policy", "policy-listwise", "policy-lora", "policy-online", "policy-lora-online", "critic", "critic-lora")
 
 
 def shard_on_cpu() -> None:
@@ -85,6 +85,10 @@ def make_trainer(run: str, folder: Path, model: str, max_steps: int, **kwargs):
         trainer = StepCriticTrainer(args=StepCriticConfig(str(folder), **arguments), **shared)
     else:
         arguments["precompute_ref_log_probs"] = "online" not in options
+        if "listwise" in options:
+            arguments |= {"loss_type": "listwise", "value_power": 8.0}  # gradients well above rounding, for Adam
+            for name in ("train_dataset", "eval_dataset"):  # an order of values, as of advantages
+                shared[name] = shared[name].map(lambda row: {"values": [(1 + a) / 2 for a in row["advantages"]]})
         trainer = DAPOTrainer(args=DAPOConfig(str(folder), beta=0.1, **arguments), **shared)
     assert len(trainer.train_dataset) == 25
     return trainer
