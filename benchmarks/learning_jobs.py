@@ -164,8 +164,7 @@ class Data:
     @property
     def tokens(self) -> int:
         """Generated tokens of this method's data: solutions and completions."""
-        manifests = [json.loads((self.run / part / "manifest.json").read_text()) for part in ("sampled", "values")]
-        return sum(manifest["counts"]["tokens_generated"] for manifest in manifests)
+        return tokens_of_runs(self.run)
 
     @property
     def tokens_per_solution(self) -> float:
@@ -206,6 +205,15 @@ class Data:
         engine = make_engine(self.task.student)
         store = sample_stage(problems, engine, math_reward, config, self.folder / "solutions", settings["shard_size"])
         return list(store.table("sampled"))
+
+
+def tokens_of_runs(*folders: Path) -> int:
+    """Tokens that were generated in some runs: solutions and completions."""
+    return sum(
+        json.loads((folder / part / "manifest.json").read_text())["counts"]["tokens_generated"]
+        for folder in folders
+        for part in ("sampled", "values")
+    )
 
 
 def train_critic(rows: Dataset, task: Task, folder: Path, seed: int = 42) -> Any:

@@ -2,12 +2,10 @@
 The methods that `learning.py` compares, each with what TRL ships: from data of equal cost to a trained policy.
 """
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -30,7 +28,7 @@ from dapo_trl.run_folder import held_out_problems
 from dapo_trl.shrinkage import fit_strength
 from dapo_trl.targets import LOG_PARTITIONS
 from dapo_trl.value_sources import SOURCES, advantages_from, with_values_of
-from learning_jobs import Data, dapo_trl, make_engine
+from learning_jobs import Data, dapo_trl, make_engine, tokens_of_runs
 
 
 BATCH, WARMUP = 64, 20  # sequences, pairs or states of an optimizer step; its first steps
@@ -313,15 +311,6 @@ def train_after_warm_up(data: Data, settings: dict[str, Any]) -> Trained:
     given += [word for name, value in settings.items() for word in (f"--policy.{name}", str(value))]
     dapo_trl("run", data.task, data.seed, folder / "run", *given)
     return Trained(make_engine(folder / "run" / "policy"), counter.tokens + tokens_of_runs(folder / "run"))
-
-
-def tokens_of_runs(*folders: Path) -> int:
-    """Tokens that were generated in some runs, to learn from."""
-    return sum(
-        json.loads((folder / part / "manifest.json").read_text())["counts"]["tokens_generated"]
-        for folder in folders
-        for part in ("sampled", "values")
-    )
 
 
 def keep_student(data: Data, settings: dict[str, Any]) -> Trained:

@@ -32,7 +32,7 @@ from estimators import tokens_needed
 from iterations import STEPS
 from learning_jobs import TASKS, Data, make_data, run_in_processes
 from learning_methods import train_policy
-from recording import REPOSITORY, T, command_line, keep, origin, origin_in_words, write_between
+from recording import REPOSITORY, command_line, interval, keep, origin, origin_in_words, write_between
 from value_pool import (
     NUM_DRAWS,
     PROBLEM_SEED,
@@ -207,9 +207,8 @@ def measure(states: States, repeats: int) -> dict[str, Any]:
 
 
 def _spread(numbers: list[float], digits: int) -> str:
-    x = np.asarray(numbers)
-    half = T[len(x)] * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else float("nan")
-    return f"{x.mean():.{digits}f} ± {half:.{digits}f}"
+    mean, half = interval(numbers)  # in points
+    return f"{mean / 100:.{digits}f} ± {half / 100:.{digits}f}"
 
 
 def _share(seeds: dict[str, dict[str, Any]], name: str, place: int) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 
 from dapo_trl.dataset_checks import refuse_missing_columns
+from dapo_trl.tables import with_columns
 from dapo_trl.values import check_table
 
 
@@ -200,10 +201,7 @@ def add_kernel_values(states: Dataset, earlier: Sequence[Iterable[Dataset]], ban
         found = kernel_values(successes, rollouts, bandwidth)
         for column, numbers in zip(columns.values(), found, strict=True):
             column.append(numbers.tolist())
-    states = states.remove_columns([name for name in columns if name in states.column_names])
-    for name, column in columns.items():
-        states = states.add_column(name, column)
-    return states
+    return with_columns(states, columns)
 
 
 def _outcomes(row: Mapping[str, Any]) -> Iterator[tuple[Hashable, tuple[float, int]]]:

@@ -150,11 +150,11 @@ def prepare_policy_dataset(
         num_steps = len(tokens["advantages"])
         if needed["values"]:
             tokens["values"] = with_true_rewards(row["values"], row.get("rewards"))
+        counts = row.get("counts") or [1] * num_steps
         if needed["counts"]:
-            tokens["counts"] = row.get("counts") or [1] * num_steps
+            tokens["counts"] = counts
         if log_partition is not None:  # of all samples, whatever is left of them
-            tokens["sampled_advantages"] = tokens["advantages"]
-            tokens["sampled_counts"] = row.get("counts") or [1] * num_steps
+            tokens |= dict(zip(_SAMPLED, (tokens["advantages"], counts), strict=True))
         tokens |= {
             "source_rows": [index] * num_steps,
             "source_steps": list(range(num_steps)),
@@ -319,8 +319,8 @@ def _less_log_partition(prepared: Dataset, beta: float, kind: str, name: str) ->
     the log-partition is impossible.
     """
     shifted, num_impossible = [], 0
-    for row in prepared.select_columns(["advantages", "sampled_advantages", "sampled_counts"]):
-        a_C, n_C = row["sampled_advantages"], row["sampled_counts"]
+    for row in prepared.select_columns(["advantages", *_SAMPLED]):
+        a_C, n_C = (row[column] for column in _SAMPLED)
         if len(a_C) == 1 and a_C[0] != 0:
             raise ValueError(
                 f"`log_partition={kind!r}` is a mean over the candidates of a state, but `{name}_dataset` has a state "
@@ -335,7 +335,7 @@ def _less_log_partition(prepared: Dataset, beta: float, kind: str, name: str) ->
             f"than any log-partition of these advantages can be at `beta={beta}`, and every candidate would be made "
             'less likely. Raise `beta`, or use `log_partition="sample"`.'
         )
-    rest = prepared.remove_columns(["advantages", "sampled_advantages", "sampled_counts"])
+    rest = prepared.remove_columns(["advantages", *_SAMPLED])
     return rest.add_column("advantages", shifted, feature=_PAIR_FEATURES["advantages"]), num_impossible
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from dapo_trl.dataset_checks import refuse_missing_columns
+from dapo_trl.tables import with_columns
 from dapo_trl.values import check_table
 
 
@@ -254,7 +255,7 @@ def add_critic_errors(dataset: Dataset, strength: float) -> Dataset:
     def errors(v_C: list[float]) -> list[float]:
         return shrinkage_values([0] * len(v_C), [0] * len(v_C), v_C, strength).errors.tolist()
 
-    return _with_columns(dataset, {"critic_errors": _each_row(errors, dataset, ("critic_values",))})
+    return with_columns(dataset, {"critic_errors": _each_row(errors, dataset, ("critic_values",))})
 
 
 def add_monte_carlo_errors(dataset: Dataset) -> Dataset:
@@ -295,7 +296,7 @@ def add_monte_carlo_errors(dataset: Dataset) -> Dataset:
     def errors(k_C: list[float], n_C: list[int]) -> list[float]:
         return monte_carlo_estimates(k_C, n_C, mean, strength).errors.tolist()
 
-    return _with_columns(dataset, {"value_errors": _each_row(errors, dataset, columns)})
+    return with_columns(dataset, {"value_errors": _each_row(errors, dataset, columns)})
 
 
 def add_shrinkage_values(dataset: Dataset, strength: float) -> Dataset:
@@ -333,7 +334,7 @@ def add_shrinkage_values(dataset: Dataset, strength: float) -> Dataset:
         return [part.tolist() for part in shrinkage_values(k_C, n_C, v_C, strength)]
 
     values, errors = zip(*_each_row(estimates, dataset, _COLUMNS), strict=True) if len(dataset) else ((), ())
-    return _with_columns(dataset, {"shrinkage_values": list(values), "shrinkage_errors": list(errors)})
+    return with_columns(dataset, {"shrinkage_values": list(values), "shrinkage_errors": list(errors)})
 
 
 def with_mean_prior(dataset: Dataset, held_out: Dataset) -> Dataset:
@@ -371,14 +372,6 @@ def _each_row(compute: Callable[..., list], dataset: Dataset, columns: Sequence[
         except ValueError as error:
             raise ValueError(f"Row {index}: {error}") from error
     return found
-
-
-def _with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:
-    """The rows with columns that take the place of old ones of these names."""
-    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
-    for name, column in columns.items():
-        dataset = dataset.add_column(name, column)
-    return dataset
 
 
 def _without_known_rewards(dataset: Dataset, columns: Sequence[str]) -> list[Any]:

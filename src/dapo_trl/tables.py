@@ -150,3 +150,22 @@ def to_dataset(rows: Sequence[dict[str, Any]], features: Features) -> Dataset:
         [`~datasets.Dataset`].
     """
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in features}, features=features)
+
+
+def with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:
+    """
+    Rows with columns that take the place of old ones of these names.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows.
+        columns (`dict[str, list]`):
+            Cells of each column, one per row.
+
+    Returns:
+        [`~datasets.Dataset`].
+    """
+    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+    for name, column in columns.items():
+        dataset = dataset.add_column(name, column)
+    return dataset
