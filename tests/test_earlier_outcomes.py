@@ -16,6 +16,7 @@ from dapo_trl.earlier_outcomes import (
     fit_shift,
     kernel_values,
     kernel_weights,
+    revalue,
     shifted_values,
 )
 from dapo_trl.recipe_arguments import RecipeArguments
@@ -253,9 +254,92 @@ class TestBatchValues:
             batch_values(*given)
 
 
+class TestRevalue:
+    def tables(self, **columns):
+        """Two problems, each with two candidates that go on, one of them not counted; the first has one that ends."""
+        states = [
+            {
+                "problem_id": "1",
+                "candidates": ["a\n", "b\n", "c"],
+                "rewards": [None, None, 1.0],
+                "mc_successes": [3.0, 0.0, 9.0],
+                "mc_rollouts": [4, 0, 9],
+                "critic_values": [0.5, 0.2, 0.1],
+            },
+            {
+                "problem_id": "2",
+                "candidates": ["d\n"],
+                "rewards": [None],
+                "mc_successes": [3.0],
+                "mc_rollouts": [4],
+                "critic_values": [0.5],
+            },
+        ]
+        solution = {"problem_id": "1", "completions": ["a\n", "c"], "critic_values": [0.5, 0.2, 0.3]}
+        solutions = [solution | {"mc_successes": [0.0, 0.0, 1.0], "mc_rollouts": [99, 99, 1]}]
+        return (Dataset.from_list([row | columns for row in rows]) for rows in (solutions, states))
+
+    def test_by_hand(self):
+        """
+        Candidates with outcomes: 3 of 4 twice, valued 1/2; odds of 1 become 3. Odds of 1/4 become 3/4. What ends keeps
+        its value, and the outcomes of the solution's states, which are candidates' or the prompt's, do not count.
+        """
+        found = revalue(*self.tables())
+        assert found.shift == pytest.approx(math.log(3), abs=0.03)
+        for rows, expected in (
+            (found.states, [[3 / 4, 3 / 7, 0.1], [3 / 4]]),
+            (found.solutions, [[3 / 4, 3 / 7, 0.3]]),
+        ):
+            for values, wanted in zip(rows["critic_values"], expected, strict=True):
+                assert values == pytest.approx(wanted, abs=0.01)
+        assert found.states["mc_rollouts"][:] == [[4, 0, 9], [4]]
+
+    def test_ratio_is_that_of_the_other_problems(self):
+        """Problem 1 is moved by how 2 turned out, and the other way round: as expected after the shift, so not at all.
+        With other outcomes of 2, what 1 has is moved by their ratio, k / (n V)."""
+        plain = revalue(*self.tables())
+        np.testing.assert_allclose(
+            revalue(*self.tables(), with_ratio=True).states["critic_values"][0],
+            plain.states["critic_values"][0],
+            atol=0.01,
+        )
+        solutions, states = self.tables()
+        states = states.map(lambda row: {"mc_successes": [1.0] if row["problem_id"] == "2" else row["mc_successes"]})
+        shifted, found = (revalue(solutions, states, with_ratio).states for with_ratio in (False, True))
+        moved = shifted["critic_values"]
+        ratios = {"1": 1 / (4 * moved[1][0]), "2": 3 / (4 * moved[0][0])}
+        for row, before in zip(found, moved, strict=True):
+            expected = [value * ratios[row["problem_id"]] for value in before[:2]]
+            assert row["critic_values"][:2] == pytest.approx(expected)
+        assert found["critic_values"][0][2] == 0.1
+
+    def test_outcomes_as_valued_move_nothing(self):
+        solutions, states = self.tables()
+        states = states.map(
+            lambda row: {"mc_successes": [n * v for n, v in zip(row["mc_rollouts"], row["critic_values"], strict=True)]}
+        )
+        found = revalue(solutions, states)
+        assert found.shift == pytest.approx(0, abs=1e-9)
+        for rows, before in ((found.states, states), (found.solutions, solutions)):
+            for values, old in zip(rows["critic_values"], before["critic_values"], strict=True):
+                assert values == pytest.approx(old)
+
+    def test_refuses_rows_without_values(self):
+        solutions, states = self.tables()
+        with pytest.raises(ValueError, match=r"Values of an earlier critic need .*'critic_values'"):
+            revalue(solutions, states.remove_columns("critic_values"))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"later_critics": "shift"}, "got `values: critic` and 1 iterations"),
+        ({"later_critics": "batch", "values": "monte_carlo", "iterations": 2}, "got `values: monte_carlo` and 2"),
+        ({"later_critics": "new", "iterations": 2}, "`later_critics` must be 'train', 'shift' or 'batch', got 'new'"),
+        (
+            {"later_critics": "batch", "iterations": 2, "min_completions": 4},
+            '`later_critics="batch"` takes mean outcomes, which `min_completions` biases',
+        ),
         ({"kernel_bandwidth": 0.0, "values": "monte_carlo", "iterations": 2}, "`kernel_bandwidth` must be positive"),
         ({"kernel_bandwidth": 1.0, "iterations": 2}, "got 'critic' and 2"),
         ({"kernel_bandwidth": 1.0, "values": "monte_carlo"}, "got 'monte_carlo' and 1"),

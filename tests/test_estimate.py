@@ -188,6 +188,8 @@ def test_stages_that_run():
     assert twice["evaluation before"] == usual["evaluation before"]
     for name in usual.keys() - {"evaluation before"}:
         assert twice[name].gpu_hours == pytest.approx(2 * usual[name].gpu_hours)
+    shifted = stages(iterations=2, later_critics="shift")  # the first iteration's critic scores both
+    assert shifted == twice | {"critic": usual["critic"]}
 
 
 def test_order_of_magnitude_of_the_paper():

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from commands import ENVIRONMENT, TIMEOUT
 from conftest import REPOSITORY, STUDENT, slow
 from dapo_trl import StepCriticConfig, StepCriticTrainer
-from dapo_trl.critics import solution_metrics
+from dapo_trl.critics import mean_values, solution_metrics
+from dapo_trl.earlier_outcomes import revalue
 from dapo_trl.intervals import Estimate
 from dapo_trl.model_identity import identify
 from dapo_trl.run_folder import critic_folders, held_out_problems
@@ -232,6 +233,43 @@ def test_outcomes_of_earlier_iterations(commands, tmp_path):
     assert any(more) and not all(more)
     stage = json.loads((folder / "iteration-2" / "policy_monte_carlo" / "stage.json").read_text())["config"]
     assert stage["kernel_bandwidth"] == 1.0 and len(stage["earlier"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["shift", "batch"])
+def test_critics_of_the_first_iteration(commands, tmp_path, kind):
+    """The second iteration trains none: its rows have the first ones' values, moved to its own outcomes."""
+    small = ("--num_train_problems", "8", "--num_test_problems", "4", "--eval_k", "1", "--num_solutions", "4")
+    arguments = (*SMALL, *small, "--values", "shrinkage", "--iterations", "2", "--policy.min_advantage_gap", "0")
+    arguments += ("--num_critics", "2", "--later_critics", kind)
+    folder = tmp_path / "run"
+    code, text = commands.run("run", RECIPE, *arguments, "--output_dir", folder, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    second = folder / "iteration-2"
+    assert not list(second.glob("critic*"))
+    assert critic_folders(second) == critic_folders(folder) == [folder / "critic", folder / "critic-2"]
+    scored = json.loads((second / "data" / "scored.json").read_text())
+    assert scored["config"]["later_critics"] == kind
+    found = json.loads((folder / "results.json").read_text())["iterations"][1]["critic"]
+    assert found["shift"] == scored["results"]["shift"]
+    assert f"their log-odds shifted by {found['shift']:+.2f}," in " ".join(text.split())
+    config = StepCriticConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    tables = {
+        name: Dataset.from_parquet(str(second / "data" / f"{name}_critic.parquet"), cache_dir=str(tmp_path / "cache"))
+        for name in ("solutions", "states")
+    }
+    critics = [StepCriticTrainer(str(path), config) for path in critic_folders(folder)]
+    raw = {
+        name: mean_values([critic.predict_values(table.remove_columns("critic_values")) for critic in critics])
+        for name, table in tables.items()
+    }
+    expected = revalue(**raw, with_ratio=kind == "batch")
+    for table, wanted in ((tables["solutions"], expected.solutions), (tables["states"], expected.states)):
+        for values, others in zip(table["critic_values"], wanted["critic_values"], strict=True):
+            assert values == pytest.approx(others, abs=1e-4)
+    before = done_work(folder)
+    code, text = commands.run("run", RECIPE, *arguments, "--output_dir", folder, output=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    assert done_work(folder) == before
 
 
 def test_a_second_iteration_later(commands, tmp_path):

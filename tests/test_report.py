@@ -359,7 +359,17 @@ def test_iterations(tmp_path):
     assert "9 of 60 problems" in text
     assert text.count("Iteration 2, Problem p") == 4
     assert "critic values, not trained on" in text
-    assert "Iteration 3" not in text
+    assert "Iteration 3" not in text and "moved to fit" not in text
+
+
+def test_an_iteration_with_the_critic_of_the_first(tmp_path):
+    folder = write_run(tmp_path / "run", ("critic",))
+    second = write_run(folder, ("critic",), "iteration-2") / "iteration-2"
+    shutil.rmtree(second / "critic")
+    write_json(second / "data" / "scored.json", {"config": {"later_critics": "shift"}, "seconds": 1.0, "results": {}})
+    text = shown(folder)
+    assert "values that are moved to fit the outcomes of this one" in text
+    assert "Iteration 1: Critic" in text and "Iteration 2: Critic" not in text
 
 
 def test_of_one_iteration(tmp_path):

@@ -1,15 +1,26 @@
 """
-`run_folder.py`: what is published is published once, checkpoints are numbered, and bad folders are refused early.
+`run_folder.py`: what a critic is measured on, what is published is published once, checkpoints are numbered, and bad
+folders are refused early.
 """
 
 import functools
 import json
+import shutil
 import threading
 import time
 
 import pytest
+from datasets import Dataset
 
-from dapo_trl.run_folder import critic_folder, critic_folders, last_checkpoint, publish_once, refuse_closed_folder
+from dapo_trl.run_folder import (
+    critic_folder,
+    critic_folders,
+    earlier_problems,
+    held_out_problems,
+    last_checkpoint,
+    publish_once,
+    refuse_closed_folder,
+)
 
 
 def test_critics_that_are_used(tmp_path):
@@ -25,9 +36,41 @@ def test_critics_that_are_used(tmp_path):
     for config, number in (({"critic": {}}, 1), ({"critics": [None, None]}, 2)):
         scored.write_text(json.dumps({"config": config}))
         assert [path.name for path in critic_folders(tmp_path)] == found[:number]
+    second = tmp_path / "iteration-2"
+    (second / "data").mkdir(parents=True)
+    (second / "data" / "scored.json").write_text(json.dumps({"config": {"critic": {}, "later_critics": "shift"}}))
+    assert critic_folders(second) == [tmp_path / "critic"]
     scored.write_text("{")
     with pytest.raises(ValueError, match=r"scored\.json is damaged: .* Delete it to score the rows again"):
         critic_folders(tmp_path)
+
+
+def test_held_out_problems_stay_so():
+    """
+    By hand: of 0 to 11 the first iteration holds out 0 and 10. The second has 10, which stays held out, 1, which it was
+    trained on, and eleven new ones, of which the first and the eleventh are held out. The third has one of each kind.
+    """
+    first = [str(number) for number in range(12)]
+    second = ["1", "10", *(f"new {number}" for number in range(11))]
+    assert held_out_problems(first) == held_out_problems(first * 2) == {"0", "10"}
+    assert held_out_problems(second, [first]) == {"10", "new 0", "new 10"}
+    assert held_out_problems(["0", "new 10", "new 1", "newest"], [first, second]) == {"0", "new 10", "newest"}
+    assert held_out_problems([], [first]) == held_out_problems([]) == set()
+    assert held_out_problems(["3", "4"], [first]) == {"3"}  # there has to be one
+
+
+def test_problems_of_earlier_iterations(tmp_path):
+    """They lie beside: of the first in the run's folder itself. A folder that stands alone has none."""
+    folders = [tmp_path, tmp_path / "iteration-2", tmp_path / "iteration-3"]
+    for folder, shards in zip(folders, ((["a", "a"], ["b"]), (["b", "c"],), (["d"],)), strict=True):
+        for number, problems in enumerate(shards):
+            path = folder / "values" / "shards" / f"{number:05}-solutions.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Dataset.from_dict({"problem_id": problems}).to_parquet(str(path))
+    assert [earlier_problems(folder) for folder in folders] == [[], [["a", "b"]], [["a", "b"], ["b", "c"]]]
+    assert earlier_problems(tmp_path / "iteration-x") == []
+    alone = shutil.move(folders[1], tmp_path / "alone" / "iteration-2")
+    assert earlier_problems(alone) == [[]]
 
 
 def test_published_once(tmp_path):

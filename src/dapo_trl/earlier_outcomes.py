@@ -9,6 +9,7 @@ Shapes: I iterations, the last one being today's; S states.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ Numbers = Sequence[float] | np.ndarray
 
 _SHIFTS = np.linspace(-6.0, 6.0, 241)  # of log-odds, that a table is moved by
 _COUNTED = ("problem_id", "mc_successes", "mc_rollouts")
+_VALUED = (*_COUNTED, "critic_values")
 _CLOSEST = 1e-6  # values of a table lie this far from 0 and 1 at least
 
 
@@ -40,6 +42,22 @@ class KernelEstimates(NamedTuple):
 
     values: np.ndarray
     effective: np.ndarray
+
+
+class Revalued(NamedTuple):
+    """
+    Rows with an earlier critic's values, moved to the policy of today.
+
+    Attributes:
+        solutions ([`~datasets.Dataset`]), states ([`~datasets.Dataset`]):
+            Rows with other `critic_values`.
+        shift (`float`):
+            By how much, in nats of the log-odds, see [`fit_shift`].
+    """
+
+    solutions: Dataset
+    states: Dataset
+    shift: float
 
 
 def kernel_weights(num_iterations: int, bandwidth: float) -> np.ndarray:
@@ -366,3 +384,73 @@ def batch_values(
     usable = counted & (others[1] > 1e-12 * max(expected.sum(), 1.0))
     ratio = np.where(usable, others[0] / np.where(usable, others[1], 1.0), 1.0)
     return np.clip(v_S * ratio, 0.0, 1.0)
+
+
+def revalue(solutions: Dataset, states: Dataset, with_ratio: bool = False) -> Revalued:
+    """
+    Rows of today with the values of a critic of before, moved so that they fit the outcomes of today.
+
+    The shift is fitted to the outcomes of all candidates that do not end the solution. What ends one keeps its value:
+    its outcome depends on no policy.
+
+    Args:
+        solutions ([`~datasets.Dataset`]):
+            Solution rows of an iteration, with `critic_values` of an earlier critic, `problem_id`, `mc_successes` and
+            `mc_rollouts`.
+        states ([`~datasets.Dataset`]):
+            State rows, with the same.
+        with_ratio (`bool`, *optional*, defaults to `False`):
+            Move each value also by how the other problems turned out, see [`batch_values`].
+
+    Returns:
+        [`Revalued`].
+
+    Raises:
+        ValueError: if a column is missing, or a number is out of range.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from dapo_trl.earlier_outcomes import revalue
+
+    >>> row = {"problem_id": "1", "mc_successes": [3.0, 3.0], "mc_rollouts": [4, 4], "critic_values": [0.5, 0.5]}
+    >>> states = Dataset.from_list([row | {"candidates": ["a\\n", "b\\n"], "rewards": [None, None]}])
+    >>> solutions = Dataset.from_list([row | {"completions": ["a\\n"]}])
+    >>> found = revalue(solutions, states)
+    >>> round(found.shift, 2), [round(value, 2) for value in found.solutions["critic_values"][0]]
+    (1.1, [0.75, 0.5])
+
+    ```
+    """
+    tables = (states, solutions)
+    for rows in tables:
+        refuse_missing_columns(
+            rows, "Values of an earlier critic need", _VALUED, "`predict_values` and sampling write them."
+        )
+    cells = [cell for rows in tables for row in rows for cell in _valued(row)]
+    names, ends, k_S, n_S, v_S = (np.array(column) for column in zip(*cells, strict=True))
+    counted = np.arange(len(v_S)) < sum(map(len, states["critic_values"]))  # states of solutions are among them
+    n_S = np.where(counted & ~ends, n_S, 0)
+    k_S = np.where(n_S > 0, k_S, 0.0)
+    shift = fit_shift(v_S, k_S, n_S)
+    moved = shifted_values(v_S, shift)
+    if with_ratio:
+        moved = batch_values(moved, k_S, n_S, list(names))
+    columns = iter(np.where(ends, v_S, moved).tolist())
+    found = [
+        with_columns(rows, {"critic_values": [list(islice(columns, len(cell))) for cell in rows["critic_values"]]})
+        for rows in tables
+    ]
+    return Revalued(found[1], found[0], shift)
+
+
+def _valued(row: Mapping[str, Any]) -> Iterator[tuple[str, bool, float, int, float]]:
+    """Problem, whether it ends the solution, successes, rollouts and value of each state that a row has a value of."""
+    values = row["critic_values"]
+    if "candidates" in row:
+        ends = [reward is not None for reward in row.get("rewards") or [None] * len(values)]
+    else:
+        ends = [depth == len(row["completions"]) for depth in range(len(values))]
+    for cell in zip(ends, row["mc_successes"], row["mc_rollouts"], values, strict=True):
+        yield (row["problem_id"], *cell)

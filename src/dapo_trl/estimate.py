@@ -78,8 +78,9 @@ def estimate(recipe: "Recipe") -> dict[str, Any]:
         "completions": plan.completions() * iterations,
     }
     if recipe.arguments.values != "monte_carlo":
-        num_critics = iterations * recipe.arguments.num_critics
-        stages |= {"critic": plan.critic() * num_critics, "scoring": plan.scoring() * num_critics}
+        num_critics = recipe.arguments.num_critics
+        trainings = num_critics * (iterations if recipe.arguments.later_critics == "train" else 1)
+        stages |= {"critic": plan.critic() * trainings, "scoring": plan.scoring() * iterations * num_critics}
     num_policies = iterations * (2 if recipe.arguments.values == "both" else 1)
     stages |= {"policy": plan.policy() * num_policies, "evaluation after": plan.evaluation(after=True) * num_policies}
     return {

@@ -5,7 +5,7 @@ One pass of the method: from a generator to a better policy. The stages of a run
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
@@ -22,7 +22,7 @@ from dapo_trl.dapo_config import DAPOConfig
 from dapo_trl.dapo_trainer import DAPOTrainer
 from dapo_trl.diagnosing import diagnose_once
 from dapo_trl.diagnostics import TOLD_APART, sibling_ranking
-from dapo_trl.earlier_outcomes import add_kernel_values
+from dapo_trl.earlier_outcomes import add_kernel_values, revalue
 from dapo_trl.engines import Engine
 from dapo_trl.files import run_once, temporary_file
 from dapo_trl.interrupts import raise_if_interrupted
@@ -33,6 +33,7 @@ from dapo_trl.recipe_arguments import changed_fields
 from dapo_trl.run_folder import (
     CRITIC_SEEDS,
     critic_folder,
+    earlier_problems,
     held_out_problems,
     last_checkpoint,
     made_how,
@@ -99,6 +100,8 @@ class Iteration:
             The same of the models that the critics begin with, `num_critics` of them. `None` takes the generator.
         earlier (sequence of [`~dapo_trl.store.ShardStore`], *optional*):
             Values of the iterations before.
+        valued_by (`Path`, *optional*):
+            Folder of an earlier iteration whose critics value the rows of this one, which has none of its own then.
 
     Attributes:
         values ([`~dapo_trl.store.ShardStore`] or `None`):
@@ -113,14 +116,17 @@ class Iteration:
         generator: str,
         critics: Sequence[str] | None,
         earlier: Sequence[ShardStore] = (),
+        valued_by: Path | None = None,
     ) -> None:
         self.recipe = recipe
         self.arguments = recipe.arguments
+        self.number = number
         self.folder = folder
         self.generator = generator
         self.critics = critics or [generator] * self.arguments.num_critics
         self.config = self.arguments.rollout_config(number)
-        self.earlier = earlier if self.arguments.kernel_bandwidth is not None else ()
+        self.earlier = earlier
+        self.valued_by = valued_by
         self.values: ShardStore | None = None
         self.results: dict[str, Any] = {"dropped": {}}
         self._is_main = PartialState().is_main_process
@@ -144,13 +150,13 @@ class Iteration:
         values = self.values = self._value(sampled)
         states = {}
         if self.arguments.values != "monte_carlo" and "critic" in stages:
-            self._train_critics(values)
+            self._refuse_other_number()
+            if self.valued_by is None:
+                self._train_critics(values)
             if "score" in stages:
                 states["critic"] = self._score(values)
         if self.arguments.values == "shrinkage" and "advantages" in stages:
-            states = {
-                "shrinkage": self._shrink(states["critic"], held_out_problems(values.table("solutions")["problem_id"]))
-            }
+            states = {"shrinkage": self._shrink(states["critic"], self._held_out(values.table("solutions")))}
         if self.arguments.values in ("monte_carlo", "both") and "advantages" in stages:
             states["monte_carlo"] = advantages_from("monte_carlo", self._with_earlier_outcomes(values.table("states")))
             self._write(states["monte_carlo"], "states_monte_carlo")
@@ -163,10 +169,10 @@ class Iteration:
 
     def _with_earlier_outcomes(self, states: Dataset) -> Dataset:
         """Outcomes of the iterations before count too, if that is asked for."""
-        if not self.earlier:
+        if not self.earlier or self.arguments.kernel_bandwidth is None:
             return states
         tables = [[store.table("states"), store.table("solutions")] for store in self.earlier]
-        return add_kernel_values(states, tables, cast(float, self.arguments.kernel_bandwidth))
+        return add_kernel_values(states, tables, self.arguments.kernel_bandwidth)
 
     def _sample(self) -> ShardStore:
         print_title("Solutions")
@@ -208,7 +214,12 @@ class Iteration:
 
     @property
     def _critic_folders(self) -> list[Path]:
-        return [critic_folder(self.folder, number) for number in range(len(self.critics))]
+        """Of the critics that value the rows."""
+        return [critic_folder(self.valued_by or self.folder, number) for number in range(len(self.critics))]
+
+    def _held_out(self, solutions: Dataset) -> set[str]:
+        """Problems that the critics were not trained on, nor those that they began with."""
+        return held_out_problems(solutions["problem_id"], earlier_problems(self.folder))
 
     @property
     def _scored(self) -> Path:
@@ -232,7 +243,6 @@ class Iteration:
                 "`critic.load_best_model_at_end` chooses by the problems that the critic is then measured on: what is "
                 "measured looks a little better than it is."
             )
-        self._refuse_other_number()
         trained = [self._train_critic(number, values) for number in range(len(self.critics))]
         metrics = [results["metrics"] for results in trained]
         self.results["critic"] = metrics[0] if len(metrics) == 1 else {"critics": metrics}
@@ -256,7 +266,7 @@ class Iteration:
         title = "Critic" if len(self.critics) == 1 else f"Critic {number + 1} of {len(self.critics)}"
         print_title(title, folder / "stage.json")
         solutions = values.table("solutions")
-        held_out = held_out_problems(solutions["problem_id"])
+        held_out = self._held_out(solutions)
 
         def rows_to_train_on() -> Dataset:
             seen = solutions.filter(lambda row: row["problem_id"] not in held_out)
@@ -280,6 +290,8 @@ class Iteration:
         settings = self._settings(given, critic, values.manifest["fingerprint"])
         if self.arguments.critic_states != "solutions":  # as of runs before there was a choice
             settings["states"] = self.arguments.critic_states
+        if self.number:  # once the first problem and every tenth were held out, seen before or not
+            settings["held_out"] = "as in the iterations before"
         return self._train(make_trainer, given, critic, folder, settings)
 
     def _score(self, values: ShardStore) -> Dataset:
@@ -289,7 +301,11 @@ class Iteration:
         def compute() -> dict[str, Any]:
             tables = [self._predict(critic, values) for critic in critics]
             scored = {name: mean_values([rows[name] for rows in tables]) for name in tables[0]}
-            held_out = held_out_problems(scored["solutions"]["problem_id"])
+            found: dict[str, Any] = {}
+            if self.valued_by is not None:
+                moved = revalue(**scored, with_ratio=self.arguments.later_critics == "batch")
+                scored, found = {"solutions": moved.solutions, "states": moved.states}, {"shift": moved.shift}
+            held_out = self._held_out(scored["solutions"])
             unseen = scored["states"].filter(lambda row: row["problem_id"] in held_out)
             scored["states"] = self._with_critic_advantages(scored["states"], unseen)
             for name, rows in scored.items():
@@ -297,22 +313,28 @@ class Iteration:
             ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=TOLD_APART)
             if self._is_main:
                 draw_values(scored["solutions"], self.folder / "values.png")
-            found = {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs, "num_held_out": len(held_out)}
-            if len(critics) > 1:  # the only one was measured after its training
+            found |= {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs, "num_held_out": len(held_out)}
+            if len(critics) > 1 or self.valued_by is not None:  # a single one was measured after its training
                 unseen = scored["solutions"].filter(lambda row: row["problem_id"] in held_out)
                 found |= {f"eval_{name}": number for name, number in solution_metrics(unseen).items()}
             return found
 
         made, weights = [made_how(critic) for critic in critics], [weights_hash(critic) for critic in critics]
-        settings = {"critic": made[0], "weights": weights[0]} if len(critics) == 1 else {"critics": made}
+        settings: dict[str, Any] = {"critics": made}
+        if len(critics) == 1:
+            settings = {"critic": made[0], "weights": weights[0]}
         settings |= {"values": values.manifest["fingerprint"]} | ({"weights": weights} if len(critics) > 1 else {})
+        if self.valued_by is not None:
+            settings["later_critics"] = self.arguments.later_critics
         results = run_once(self._scored, settings, compute, self._is_main)
-        self.results["critic"] |= results | {"diagnosis": diagnose_once(self._scored.parent, self._is_main)}
+        self.results["critic"] = (
+            self.results.get("critic", {}) | results | {"diagnosis": diagnose_once(self._scored.parent, self._is_main)}
+        )
         print_critic(self.results["critic"])
         free_memory()
         if self.arguments.values != "shrinkage" and not self.arguments.allow_unfit_critic:
             refuse_unfit(self.results["critic"]["diagnosis"], self.folder)
-        for number, folder in enumerate(self._critic_folders):
+        for number, folder in enumerate(self._critic_folders if self.valued_by is None else ()):
             self._finish_card(number, folder)
             self.recipe.publisher.model(folder, is_one_of_several=len(self.critics) > 1)
         data = self._scored.parent
@@ -322,7 +344,7 @@ class Iteration:
     def _predict(self, critic: str, values: ShardStore) -> dict[str, Dataset]:
         """All rows with the values of a critic."""
         arguments = self.recipe.training_arguments(self.arguments.critic, critic) | _SCORING
-        config = StepCriticConfig(str(self.folder / "critic"), **arguments)
+        config = StepCriticConfig(str(self._critic_folders[0]), **arguments)
         trainer = StepCriticTrainer(model=critic, args=config, processing_class=self.recipe.tokenizer)
         scored = {name: trainer.predict_values(values.table(name)) for name in ("solutions", "states")}
         del trainer
@@ -390,7 +412,7 @@ class Iteration:
             settings["anchor_states"] = True
         if source != "monte_carlo":
             settings |= {"scored": scored_config(self._scored.parent)}
-        if self.earlier:
+        if self.earlier and self.arguments.kernel_bandwidth is not None:
             settings |= {
                 "kernel_bandwidth": self.arguments.kernel_bandwidth,
                 "earlier": [store.manifest["fingerprint"] for store in self.earlier],

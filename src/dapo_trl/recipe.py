@@ -133,7 +133,8 @@ class Recipe:
         folders = [iteration_folder(self.folder, number) for number in range(self.arguments.iterations)]
         earlier: list[ShardStore] = []
         for number, folder in enumerate(folders):
-            iteration = Iteration(self, number, folder, generator, critics, tuple(earlier))
+            valued_by = folders[0] if number and self.arguments.later_critics != "train" else None
+            iteration = Iteration(self, number, folder, generator, critics, tuple(earlier), valued_by)
             results = iteration.run(until)
             earlier += [iteration.values] if iteration.values is not None else []
             if until != "train":
@@ -143,7 +144,7 @@ class Recipe:
             generator = model_path(folder / policy_folder(self.arguments.values))
             critics = None
             if self.arguments.values != "monte_carlo":
-                critics = [model_path(critic_folder(folder, which)) for which in range(number_of_critics)]
+                critics = [model_path(critic_folder(valued_by or folder, n)) for n in range(number_of_critics)]
         self.results["arguments"] = dataclasses.asdict(self.arguments)
         self.results["stages"] = stage_times(self.folder, folders)
         print_results(self.results)

@@ -51,6 +51,7 @@ _CHOICES = {
     "verifier": list(TEMPLATES),
     "engine": ["transformers", "openai", "vllm"],
     "values": ["critic", "monte_carlo", "shrinkage", "both"],
+    "later_critics": ["train", "shift", "batch"],
     "critic_states": ["solutions", "candidates"],
     "overlong": ["wrong", "drop", "soft"],
 }
@@ -196,6 +197,15 @@ class RecipeArguments:
             "help": "Go on with a critic that knows too little of held-out problems, which is refused otherwise."
         },
     )
+    later_critics: str = field(
+        default="train",
+        metadata={
+            "help": "Critics from the second iteration on: 'train' those of the iteration before further, or take the "
+            "first ones' values as they are but for a 'shift' that fits the outcomes of today, and with 'batch' also "
+            "for how the other problems turned out (docs/siblings/basis.md).",
+            "choices": _CHOICES["later_critics"],
+        },
+    )
     critic_states: str = field(
         default="solutions",
         metadata={
@@ -281,6 +291,7 @@ class RecipeArguments:
             raise ValueError('`server_urls` and `engine="openai"` belong together; give both or neither.')
         self._read_sections()
         self._check_kernel()
+        self._check_later_critics()
         if self.overlong == "soft" and self.values == "shrinkage":
             raise ValueError(
                 '`values="shrinkage"` counts outcomes that are right or wrong, and `overlong="soft"` makes others. '
@@ -317,6 +328,20 @@ class RecipeArguments:
             raise ValueError(
                 "`kernel_bandwidth` takes mean outcomes, which `min_completions` biases: it stops when they are clear. "
                 "Remove one of them."
+            )
+
+    def _check_later_critics(self) -> None:
+        if self.later_critics == "train":
+            return
+        if self.values not in ("critic", "shrinkage") or self.iterations == 1:
+            raise ValueError(
+                "`later_critics` is about critics from the second iteration on; got "
+                f"`values: {self.values}` and {self.iterations} iterations. Remove it, or change them."
+            )
+        if self.later_critics == "batch" and self.min_completions is not None:
+            raise ValueError(
+                '`later_critics="batch"` takes mean outcomes, which `min_completions` biases: it stops when they are '
+                'clear. Remove that, or choose "shift".'
             )
 
     def _read_sections(self) -> None:

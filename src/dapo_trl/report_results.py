@@ -22,7 +22,7 @@ from dapo_trl.report_figures import (
     parts_figure,
 )
 from dapo_trl.report_run import AGAIN, POLICIES, VALUES, Iteration, stage_counts
-from dapo_trl.run_folder import critic_folders, table_cure
+from dapo_trl.run_folder import critic_folders, scored_config, table_cure
 
 
 _MEASURED = ("greedy", "mean_at_k", "pass_at_k")
@@ -71,6 +71,11 @@ class Critic:
     def number(self) -> int:
         """Critics whose mean value is meant."""
         return len(critic_folders(self.iteration.folder))
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether it is the first iteration's, with values that are moved to this one's outcomes."""
+        return "later_critics" in (scored_config(self.iteration.folder / "data") or {})
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ def trainings_of(iterations: list[Iteration]) -> list[Training]:
     policies = {name: f"Policy, {VALUES[source]} values" for name, source in POLICIES.items()}
     found = []
     for part in iterations:
-        critics = critic_folders(part.folder)
+        critics = [path for path in critic_folders(part.folder) if path.parent == part.folder]
         titles = {folder: f"Critic {number}" for number, folder in enumerate(critics, start=1)}
         if len(critics) == 1:
             titles = {critics[0]: "Critic"}

@@ -13,6 +13,7 @@ from dapo_trl.files import (
     dump_json,
     numbered_folders,
     read_json,
+    read_parquet,
     refuse_differences,
     shard_cure,
     wait_for,
@@ -76,18 +77,81 @@ def table_cure(path: Path) -> str:
     return f"Delete {scored} to score the rows again" if scored.exists() else "Write it again"
 
 
-def held_out_problems(problem_ids: Iterable[str]) -> set[str]:
+def held_out_problems(problem_ids: Iterable[str], earlier: Iterable[Iterable[str]] = ()) -> set[str]:
     """
     The problems that a critic is measured on, and not trained on.
+
+    A critic begins where that of the iteration before ended, so that what was held out stays so, and what was trained
+    on is no measure any more.
 
     Args:
         problem_ids (iterable of `str`):
             Problems of the solution rows of an iteration, in their order.
+        earlier (iterable of iterables of `str`, *optional*):
+            The same of the iterations before it, the first one first; see [`earlier_problems`].
 
     Returns:
-        `set[str]`: every tenth, from the first.
+        `set[str]`: every tenth, from the first, of the problems that no earlier iteration had, and what was held out
+        there. If there is none of either, the first problem, of which alone no critic is found fit.
+
+    Example:
+
+    ```python
+    >>> from dapo_trl import held_out_problems
+
+    >>> first, second = [f"{number}" for number in range(12)], ["1", "10", "new"]
+    >>> sorted(held_out_problems(first)), sorted(held_out_problems(second, [first]))
+    (['0', '10'], ['10', 'new'])
+
+    ```
     """
-    return set(list(dict.fromkeys(problem_ids))[::10])
+    held_out: set[str] = set()
+    seen: set[str] = set()
+    here = dict.fromkeys(problem_ids)
+    for problems in (*earlier, here):
+        new = [problem for problem in dict.fromkeys(problems) if problem not in seen]
+        held_out.update(new[::10])
+        seen.update(new)
+    return held_out & here.keys() or set(list(here)[:1])
+
+
+def valued_problems(folder: Path) -> list[str]:
+    """
+    Problems of the solution rows of an iteration.
+
+    Args:
+        folder (`Path`):
+            Folder of the iteration.
+
+    Returns:
+        `list[str]`: in the order of the run.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    paths = shard_tables(folder / "values", "solutions")
+    ids = [read_parquet(path, table_cure(path), columns=["problem_id"])["problem_id"].to_pylist() for path in paths]
+    return list(dict.fromkeys(problem for some in ids for problem in some))
+
+
+def earlier_problems(folder: Path) -> list[list[str]]:
+    """
+    Problems of the iterations before one, as far as they lie beside it.
+
+    Args:
+        folder (`Path`):
+            Folder of the iteration.
+
+    Returns:
+        `list[list[str]]`: the first iteration first; none for the first.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    name, _, number = folder.name.rpartition("-")
+    if name != "iteration" or not number.isdecimal():
+        return []
+    return [valued_problems(iteration_folder(folder.parent, before)) for before in range(int(number) - 1)]
 
 
 def policy_folder(source: str) -> str:
@@ -147,15 +211,16 @@ def critic_folders(folder: Path) -> list[Path]:
             Folder of the iteration.
 
     Returns:
-        `list[Path]`: in their order. Once rows are scored, those of the critics whose values they have; before, all
-        that are there.
+        `list[Path]`: in their order. Once rows are scored, those of the critics whose values they have, which may be
+        the first iteration's (`later_critics`); before, all that are there.
 
     Raises:
         ValueError: if the record of the scores is damaged.
     """
     known = scored_config(folder / "data")
     if known is not None:
-        wanted = [critic_folder(folder, which) for which in range(len(known.get("critics", [None])))]
+        place = iteration_folder(folder.parent, 0) if "later_critics" in known else folder
+        wanted = [critic_folder(place, which) for which in range(len(known.get("critics", [None])))]
     else:
         wanted = [folder / "critic", *(path for number, path in numbered_folders(folder, "critic") if number > 1)]
     return [path for path in wanted if path.is_dir()]

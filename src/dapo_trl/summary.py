@@ -95,6 +95,8 @@ def print_critic(metrics: dict[str, Any]) -> None:
     if not PartialState().is_main_process:
         return
     who = f"The mean of {len(metrics['critics'])} critics" if "critics" in metrics else "Critic"
+    if "shift" in metrics:
+        who = f"The first iteration's values, their log-odds shifted by {metrics['shift']:+.2f},"
     console.print(
         f"{who} on {metrics['num_held_out']} held-out problems: BCE {metrics['eval_bce']:.3f} (best constant "
         f"{metrics['eval_bce_constant']:.3f}), skill {metrics['eval_skill']:.1%}, Brier {metrics['eval_brier']:.3f}, "
