@@ -10,8 +10,8 @@ them over all is taken: a setting that is good once may fail the next time. Late
 longer, begin with the settings of the first and search the learning rate, on the first of the seeds.
 Then each seed has problems, samples, critic and training of its own, and is evaluated on the same 1,024 test problems,
 none of which anything was trained on: greedily, and 8 samples a problem at temperature 1. Intervals are Student's t
-over seeds; differences are paired: of the same seed. Later tasks have the first five of the seeds, one iteration, and
-no sibling methods (docs/siblings).
+over seeds; differences are paired: of the same seed. Sibling methods (docs/siblings) have the first five of the seeds.
+So have later tasks, which have one iteration, and no sibling methods.
 
 A benchmark that was killed goes on where it was, also from `benchmarks/results/jobs.jsonl` of an earlier one: delete
 that and `runs/learning` to measure everything again. Writes `benchmarks/results/learning.json`, the tables in
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from learning_jobs import NUM_TEST, NUM_VALIDATION, PACKAGES, TASKS, Job, K, larger_critics, restore, run_jobs
-from learning_report import SIBLINGS, TITLES, details, draw, short, table
+from learning_report import NUM_SEEDS_SIBLINGS, SIBLINGS, TITLES, details, draw, short, table
 from recording import REPOSITORY, command_line, keep, origin, write_between
 
 
@@ -73,7 +73,13 @@ AXES |= {  # of the sibling methods, on the first task
 }
 AXES_LATER = {method: (RATE,) for method in AXES if method not in SIBLINGS}  # what is chosen anew on later tasks
 MAX_ROUNDS = 6  # of the search
-TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
+TWICE: dict[str, tuple[str, Settings]] = {  # whose settings they have, and others beside
+    "critic_2": ("critic", {}),
+    "shrinkage_2": ("shrinkage", {}),
+    "monte_carlo_2": ("monte_carlo", {}),
+    "shifted_2": ("critic", {"later_critics": "shift"}),
+    "kernel_2": ("monte_carlo", {"kernel_bandwidth": 1.0}),
+}
 # With which two iterations of half the problems generate as many tokens as one of all: a policy that solves nearly all
 # problems leaves few that have right and wrong solutions, and so needs few completions.
 SOLUTIONS_OF_TWICE = {"num_solutions": 13}
@@ -161,16 +167,26 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(
-    task: str, search: Search, twice: dict[str, str], seeds: Sequence[int], folder: Path, num_processes: int
+    task: str,
+    search: Search,
+    twice: dict[str, tuple[str, Settings]],
+    seeds: Sequence[int],
+    folder: Path,
+    num_processes: int,
 ) -> dict[str, Any]:
     """Tune on the tuning seeds, report the others."""
     tuned = tune(task, search, folder, num_processes)
     settings = {"student": {}} | {method: found["chosen"] for method, found in tuned.items()}
-    settings |= {method: tuned[like]["chosen"] | SOLUTIONS_OF_TWICE for method, like in twice.items()}
+    for method, (like, more) in twice.items():
+        settings[method] = tuned[like]["chosen"] | SOLUTIONS_OF_TWICE | more
     if "listwise" in tuned:  # with the other sibling methods
         rate = {"grpo_learning_rate": tuned["grpo"]["chosen"]["learning_rate"]}
         settings["warm_up"] = tuned["critic"]["chosen"] | rate
-    jobs = [job_of(task, seed, method, "test", given) for method, given in settings.items() for seed in seeds]
+    jobs = [
+        job_of(task, seed, method, "test", given)
+        for method, given in settings.items()
+        for seed in (seeds[:NUM_SEEDS_SIBLINGS] if method in SIBLINGS else seeds)
+    ]
     results = run_jobs(jobs, folder, num_processes)
     by_method: dict[str, dict[str, Any]] = {method: {} for method in TITLES if method in settings}
     for job, result in zip(jobs, results, strict=True):

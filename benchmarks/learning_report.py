@@ -33,23 +33,34 @@ TITLES = {
     "listwise": "critic, listwise loss, no anchors (DriveDPO)",
     "hard_negatives": "DPO on next steps by the critic, closest negative (DriveDPO)",
     "worst_negatives": "DPO on next steps by the critic, worst negative",
-    "warm_up": "GRPO on half the tokens, then critic",
+    "warm_up": "GRPO on half the tokens, then critic (ByteDance's DAPO)",
+    "shifted_2": "critic, two iterations, the second with the first one's critic, shifted (BASIS)",
+    "kernel_2": "Monte Carlo, two iterations, the first one's outcomes count half (KAE)",
 }
 BASELINES = ("rft", "dpo", "step_dpo", "kto", "grpo")
-SIBLINGS = (
-    "log_partition_sample",
-    "log_partition_gaussian",
-    "listwise",
-    "hard_negatives",
-    "worst_negatives",
-    "warm_up",
-)
+SIBLINGS = {  # and what each is measured against
+    "log_partition_sample": ("critic",),
+    "log_partition_gaussian": ("critic",),
+    "listwise": ("critic",),
+    "hard_negatives": ("worst_negatives", "critic"),
+    "worst_negatives": ("step_dpo", "critic"),
+    "warm_up": ("critic", "grpo"),
+    "shifted_2": ("critic_2",),
+    "kernel_2": ("monte_carlo_2",),
+}
 OWN = tuple(name for name in TITLES if name not in (*BASELINES, *SIBLINGS, "student"))
 METRICS = (f"mean@{K}", "greedy")
+NUM_SEEDS_SIBLINGS = 5
 
 
 def scores(task: dict[str, Any], method: str, metric: str) -> np.ndarray:
     return np.array([run[metric] for run in task["results"][method].values()])
+
+
+def differences(task: dict[str, Any], method: str, other: str, metric: str) -> np.ndarray:
+    """How far a method is ahead of another one, for each seed that both have."""
+    runs, others = task["results"][method], task["results"][other]
+    return np.array([runs[seed][metric] - others[seed][metric] for seed in runs if seed in others])
 
 
 def best(task: dict[str, Any], methods: Sequence[str], metric: str = METRICS[0]) -> str:
@@ -69,15 +80,39 @@ def table(task: dict[str, Any]) -> str:
     titles = [f"{metric}" for metric in METRICS]
     titles += [f"{metric}: {TITLES[ahead].removeprefix('this method, ')} minus this" for metric in METRICS]
     lines = [f"| method | {' | '.join(titles)} | tokens | settings |", "|---" * (len(titles) + 3) + "|"]
-    for method, runs in task["results"].items():
+    for method in task["results"]:
+        if method in SIBLINGS:
+            continue
         cells = [spread(scores(task, method, metric)) for metric in METRICS]
         for metric in METRICS:
-            differences = scores(task, ahead, metric) - scores(task, method, metric)
-            cells.append("" if method == ahead else spread(differences, "+"))
-        tokens = np.mean([run["tokens"] for run in runs.values()])
-        settings = ", ".join(f"{name} {value:g}" for name, value in task["settings"][method].items())
+            cells.append("" if method == ahead else spread(differences(task, ahead, method, metric), "+"))
         title = f"**{TITLES[method]}**" if method == ahead else TITLES[method]
-        lines.append(f"| {title} | {' | '.join(cells)} | {tokens / 1000:,.0f} k | {settings} |")
+        lines.append(f"| {title} | {' | '.join(cells)} | {_cost(task, method)} |")
+    return "\n".join(lines)
+
+
+def _cost(task: dict[str, Any], method: str) -> str:
+    """Tokens and settings, the last cells of a row."""
+    tokens = np.mean([run["tokens"] for run in task["results"][method].values()])
+    settings = ", ".join(f"{name} {_shown(value)}" for name, value in task["settings"][method].items())
+    return f"{tokens / 1000:,.0f} k | {settings}"
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def siblings_table(task: dict[str, Any]) -> str:
+    """Each sibling method, and how far it is ahead of what it is measured against, seed by seed."""
+    lines = [
+        f"| method | {' | '.join(METRICS)} | minus | {' | '.join(METRICS)} | tokens | settings |",
+        "|---" * 8 + "|",
+    ]
+    for method, others in SIBLINGS.items():
+        for other in others if method in task["results"] else ():
+            cells = [spread(scores(task, method, metric)) for metric in METRICS] + [TITLES[other]]
+            cells += [spread(differences(task, method, other, metric), "+") for metric in METRICS]
+            lines.append(f"| {TITLES[method]} | {' | '.join(cells)} | {_cost(task, method)} |")
     return "\n".join(lines)
 
 
@@ -86,7 +121,7 @@ def verdict(task: dict[str, Any]) -> str:
     own = best(task, OWN)
     groups: dict[str, list[str]] = {"is ahead of": [], "is behind": [], "cannot be told apart from": []}
     for other in BASELINES:
-        mean, half = interval(scores(task, own, METRICS[0]) - scores(task, other, METRICS[0]))
+        mean, half = interval(differences(task, own, other, METRICS[0]))
         relation = "is ahead of" if mean > half else "is behind" if mean < -half else "cannot be told apart from"
         groups[relation].append(f"{TITLES[other]} ({mean:+.1f} ± {half:.1f})")
     said = "; ".join(f"{relation} {', '.join(others)}" for relation, others in groups.items() if others)
@@ -98,7 +133,7 @@ def tuning_table(task: dict[str, Any]) -> str:
     lines = [f"| method | settings | validation {METRICS[0]} | greedy |", "|---|---|---|---|"]
     for method, found in task["tuning"].items():
         for run in found["tried"]:
-            settings = ", ".join(f"{name} {value:g}" for name, value in run["settings"].items())
+            settings = ", ".join(f"{name} {_shown(value)}" for name, value in run["settings"].items())
             mark = "**" if run["settings"] == found["chosen"] else ""
             again = [other for other in found["finals"] if other["settings"] == run["settings"]] or [run]
             cells = [mark + ", ".join(f"{100 * each[metric]:.1f}" for each in again) + mark for metric in METRICS]
@@ -110,6 +145,9 @@ def details(record: dict[str, Any]) -> str:
     text = origin_in_words(record) + "\n"
     for name, task in record["tasks"].items():
         text += f"\n### Task `{name}`\n\n{verdict(task)}\n\n{table(task)}\n"
+        if any(method in SIBLINGS for method in task["results"]):
+            text += f"\nSibling methods, of the first {NUM_SEEDS_SIBLINGS} seeds, with differences of the same seeds:"
+            text += f"\n\n{siblings_table(task)}\n"
         text += f"\n<details><summary>All settings that were tried</summary>\n\n{tuning_table(task)}\n\n</details>\n"
     return text.rstrip()
 

@@ -422,3 +422,26 @@ def test_verdict_is_about_pairs_of_seeds():
     assert "; cannot be told apart from DPO on solution pairs (+0.0 ± " in report.verdict(same)
     behind = ahead | {"results": ahead["results"] | {"critic": task(critic=[0.4, 0.5, 0.6])["results"]["critic"]}}
     assert "; is behind DPO on solution pairs (-10.0 ± " in report.verdict(behind)
+
+
+def test_sibling_rows_are_of_the_same_seeds():
+    """By hand: over the two seeds that both have, the listwise loss is 10 points ahead of the critic, and 2 behind."""
+    runs = {
+        "critic": {"0": 0.5, "1": 0.6, "2": 0.9},
+        "listwise": {"0": 0.6, "1": 0.58},
+        "grpo": {"0": 0.1, "1": 0.2, "2": 0.3},
+    }
+    results = {
+        method: {seed: {"mean@8": score, "greedy": score, "tokens": 1000} for seed, score in scores.items()}
+        for method, scores in runs.items()
+    }
+    task = {"results": results, "settings": {"critic": {}, "grpo": {}, "listwise": {"value_power": 2.0, "later": "x"}}}
+    assert report.differences(task, "listwise", "critic", "mean@8") == pytest.approx([0.1, -0.02])
+    (row,) = report.siblings_table(task).splitlines()[2:]
+    title, mean, _, other, difference, _, tokens, settings = (cell.strip() for cell in row.strip("|").split("|"))
+    assert (title, other) == (report.TITLES["listwise"], report.TITLES["critic"])
+    assert mean.startswith("59.0 ±") and difference.startswith("+4.0 ±")
+    assert (tokens, settings) == ("1 k", "value_power 2, later x")
+    assert report.TITLES["listwise"] not in report.table(task)
+    for method, others in report.SIBLINGS.items():
+        assert {method, *others} < report.TITLES.keys() and method in methods.METHODS
