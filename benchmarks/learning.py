@@ -1,7 +1,8 @@
 """
 Is this better than what people do today? The same student, problems and number of generated tokens; other methods.
 
-    python benchmarks/learning.py [--tasks arithmetic word_problems] [--seeds 0 1 ... 9] [--output_dir runs/learning]
+    python benchmarks/learning.py [--tasks arithmetic word_problems] [--seeds 0 1 ... 9] [--no-siblings]
+        [--output_dir runs/learning]
 
 Every method is tuned in the same way, on validation problems with the data of seeds that are not reported. On the first
 of them: five learning rates (`FIRST`), and from the best of them step by step to better neighbours on the grid of its
@@ -199,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--siblings", action=argparse.BooleanOptionalAction, default=True, help="See docs/siblings.")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "learning")
     parser.add_argument("--num_processes", type=int, default=2, help="Trainings at a time, one core each.")
     given = parser.parse_args()
@@ -209,8 +211,10 @@ def main() -> None:
         "problems": {"test": NUM_TEST, "validation": NUM_VALIDATION},
         "tasks": {},
     }
-    search = Search({method: first_of(axes) for method, axes in AXES.items()}, AXES, TUNING_SEEDS)
-    seeds, twice = given.seeds, TWICE
+    methods = [method for method in AXES if given.siblings or method not in SIBLINGS]
+    search = Search({method: first_of(AXES[method]) for method in methods}, AXES, TUNING_SEEDS)
+    twice = {method: like for method, like in TWICE.items() if given.siblings or method not in SIBLINGS}
+    seeds = given.seeds
     for task in given.tasks:
         record["tasks"][task] = compare(task, search, twice, seeds, given.output_dir, given.num_processes)
         found = record["tasks"][task]["tuning"]

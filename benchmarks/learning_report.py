@@ -185,7 +185,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 color = "#4477aa" if method in OWN else "#bbbbbb" if method == "student" else "#ee6677"
                 filled = color if metric == METRICS[0] else "white"
                 axis.errorbar(mean, row + shift, xerr=half, fmt=marker, color=color, markerfacecolor=filled)
-        axis.set(title=name.replace("_", " "), xlabel="% correct on test problems", xlim=(None, 100))
+        axis.set(
+            title=name.replace("_", " "), xlabel="% correct on test problems", xlim=(None, min(100, axis.get_xlim()[1]))
+        )
         axis.set_yticks(range(len(methods)), [TITLES[method].replace("`", "") for method in methods])
         axis.grid(axis="x", alpha=0.3)
     axes[0].plot([], [], "o", color="#555555", label=f"{METRICS[0]}, temperature 1")
