@@ -75,6 +75,17 @@ def test_several_unfit_critics_are_refused(scored, tmp_path):
     assert "after deleting `critic`, `critic-2` and `data`, here" in str(refused.value)
 
 
+def test_values_of_the_first_iterations_critic_are_refused(scored, tmp_path):
+    """Not by advice to train that critic anew, which would undo the first iteration."""
+    folder = tmp_path / "run" / "iteration-2"
+    with pytest.raises(UnfitCriticError) as refused:
+        refuse_unfit(diagnosis(scored[0]), folder, is_shifted=True)
+    message = str(refused.value)
+    assert message.startswith(f"What the first iteration's critic says in {folder} is refused. ")
+    assert f"`later_critics: train`, after deleting {folder / 'data'}." in message
+    assert "deleting `critic`" not in message
+
+
 def test_refused_again_and_allowed(commands, tmp_path, again):
     """
     A second time without scoring anew; allowed, the run goes on at once; finished, it is refused without that. Nothing

@@ -255,11 +255,12 @@ class TestBatchValues:
 
 
 class TestRevalue:
-    def tables(self, **columns):
-        """Two problems, each with two candidates that go on, one of them not counted; the first has one that ends."""
+    def tables(self):
+        """Two problems; the first has candidates that go on, one of them without outcomes, and one that ends."""
         states = [
             {
                 "problem_id": "1",
+                "prefix": [],
                 "candidates": ["a\n", "b\n", "c"],
                 "rewards": [None, None, 1.0],
                 "mc_successes": [3.0, 0.0, 9.0],
@@ -268,6 +269,7 @@ class TestRevalue:
             },
             {
                 "problem_id": "2",
+                "prefix": [],
                 "candidates": ["d\n"],
                 "rewards": [None],
                 "mc_successes": [3.0],
@@ -275,46 +277,60 @@ class TestRevalue:
                 "critic_values": [0.5],
             },
         ]
-        solution = {"problem_id": "1", "completions": ["a\n", "c"], "critic_values": [0.5, 0.2, 0.3]}
-        solutions = [solution | {"mc_successes": [0.0, 0.0, 1.0], "mc_rollouts": [99, 99, 1]}]
-        return (Dataset.from_list([row | columns for row in rows]) for rows in (solutions, states))
+        solution = {"problem_id": "1", "completions": ["a\n", "c"], "critic_values": [0.5, 0.5, 0.3]}
+        solutions = [solution | {"mc_successes": [0.0, 3.0, 1.0], "mc_rollouts": [0, 4, 1]}]
+        return Dataset.from_list(solutions), Dataset.from_list(states)
 
     def test_by_hand(self):
         """
-        Candidates with outcomes: 3 of 4 twice, valued 1/2; odds of 1 become 3. Odds of 1/4 become 3/4. What ends keeps
-        its value, and the outcomes of the solution's states, which are candidates' or the prompt's, do not count.
+        States with outcomes: 3 of 4 twice, valued 1/2, one of them both a candidate and a solution's state;
+        odds of 1 become 3. Odds of 1/4 become 3/4. The ends keep their values, and their outcomes do not count.
         """
         found = revalue(*self.tables())
         assert found.shift == pytest.approx(math.log(3), abs=0.03)
         for rows, expected in (
             (found.states, [[3 / 4, 3 / 7, 0.1], [3 / 4]]),
-            (found.solutions, [[3 / 4, 3 / 7, 0.3]]),
+            (found.solutions, [[3 / 4, 3 / 4, 0.3]]),
         ):
             for values, wanted in zip(rows["critic_values"], expected, strict=True):
                 assert values == pytest.approx(wanted, abs=0.01)
         assert found.states["mc_rollouts"][:] == [[4, 0, 9], [4]]
 
-    def test_ratio_is_that_of_the_other_problems(self):
-        """Problem 1 is moved by how 2 turned out, and the other way round: as expected after the shift, so not at all.
-        With other outcomes of 2, what 1 has is moved by their ratio, k / (n V)."""
-        plain = revalue(*self.tables())
-        np.testing.assert_allclose(
-            revalue(*self.tables(), with_ratio=True).states["critic_values"][0],
-            plain.states["critic_values"][0],
-            atol=0.01,
-        )
+    def test_states_of_solutions_count_where_there_is_no_candidate(self):
+        """After a step without alternatives. 12 outcomes, 3 right: odds of 1 become 1/3."""
         solutions, states = self.tables()
-        states = states.map(lambda row: {"mc_successes": [1.0] if row["problem_id"] == "2" else row["mc_successes"]})
+        solutions = solutions.map(lambda row: {"mc_successes": [0.0, 3.0, 1.0], "mc_rollouts": [8, 4, 1]})
+        only = states.select([])
+        assert revalue(solutions, only).shift == pytest.approx(math.log(1 / 3), abs=0.03)
+        assert revalue(solutions.select([]), only).shift == 0.0
+
+    def test_ratio_is_that_of_the_other_problems(self):
+        """
+        Problem 1 is moved by how 2 turned out, and the other way round: as expected after the shift, so not at all.
+        With other outcomes of 2, all that 1 has is moved by their ratio, k / (n V): the order stays.
+        """
+        plain, both = (revalue(*self.tables(), with_ratio).states["critic_values"][0] for with_ratio in (False, True))
+        assert both == pytest.approx(plain, abs=0.01)
+        solutions, states = self.tables()
+        values = {"1": [0.5, 0.99, 0.1], "2": [0.5]}  # 0.99 is too near 1 to say anything about others
+        states = states.map(
+            lambda row: {
+                "critic_values": values[row["problem_id"]],
+                "mc_successes": [4.0] if row["problem_id"] == "2" else row["mc_successes"],
+            }
+        )
+        solutions = solutions.map(lambda row: {"critic_values": [0.5, 0.5, 0.3]})
         shifted, found = (revalue(solutions, states, with_ratio).states for with_ratio in (False, True))
         moved = shifted["critic_values"]
-        ratios = {"1": 1 / (4 * moved[1][0]), "2": 3 / (4 * moved[0][0])}
+        ratios = {"1": 4 / (4 * moved[1][0]), "2": 3 / (4 * moved[0][0])}
         for row, before in zip(found, moved, strict=True):
-            expected = [value * ratios[row["problem_id"]] for value in before[:2]]
+            expected = [min(value * ratios[row["problem_id"]], 1.0) for value in before[:2]]
             assert row["critic_values"][:2] == pytest.approx(expected)
         assert found["critic_values"][0][2] == 0.1
 
     def test_outcomes_as_valued_move_nothing(self):
         solutions, states = self.tables()
+        solutions = solutions.map(lambda row: {"mc_successes": [0.0, 2.0, 1.0]})
         states = states.map(
             lambda row: {"mc_successes": [n * v for n, v in zip(row["mc_rollouts"], row["critic_values"], strict=True)]}
         )

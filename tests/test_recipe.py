@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from dapo_trl import StepCriticConfig, StepCriticTrainer
 from dapo_trl.critics import mean_values, solution_metrics
 from dapo_trl.earlier_outcomes import revalue
 from dapo_trl.intervals import Estimate
+from dapo_trl.iteration import Iteration
 from dapo_trl.model_identity import identify
 from dapo_trl.run_folder import critic_folders, held_out_problems
 from written import done_work, records, results, rows, seconds
@@ -203,6 +205,14 @@ def test_two_iterations(commands, tmp_path):
     assert seeds[0] != seeds[1]
     for name in ("policy", "critic", "critic-2"):
         assert read(second / name / "stage.json")["model"] == identify(str(first / name))
+    held_out, problems = [], []
+    for part in (first, second):
+        problems.append({row["problem_id"] for row in rows(part)["solutions"]})
+        for place in ("critic/stage.json", "critic-2/stage.json", "data/scored.json"):
+            held_out.append(set(json.loads((part / place).read_text())["results"]["held_out"]))
+    assert held_out[0] == held_out[1] == held_out[2] and held_out[3] == held_out[4] == held_out[5]
+    new = problems[1] - (problems[0] - held_out[0])  # what no critic was trained on
+    assert held_out[3] <= new or not new
     heads = [load_file(part / "critic" / "model.safetensors")["score.weight"].flatten() for part in (first, second)]
     assert heads[0] @ heads[1] > 0.9 * heads[0].norm() * heads[1].norm()  # a new head would be at a right angle
     both = json.loads((folder / "results.json").read_text())
@@ -270,6 +280,33 @@ def test_critics_of_the_first_iteration(commands, tmp_path, kind):
     code, text = commands.run("run", RECIPE, *arguments, "--output_dir", folder, output=tmp_path / "log")
     assert code == 0, text[-3000:]
     assert done_work(folder) == before
+    arguments = (*arguments[:-1], "train")
+    code, text = commands.run("run", RECIPE, *arguments, "--output_dir", folder, output=tmp_path / "log")
+    assert code == 1
+    assert f"have the values of `num_critics: 2`, `later_critics: {kind}`, which is now `num_critics: 2`. " in text
+    assert not list(second.glob("critic*"))
+
+
+@pytest.mark.parametrize(
+    ("valued_by", "problems", "expected"),
+    [
+        (None, ["a", "b", "c", "new", "newer"], {"b", "new"}),
+        (Path("run"), ["a", "b", "c", "new", "newer"], {"b", "new", "newer"}),  # nothing is trained: all that is new
+        (None, ["a", "c"], {"a"}),
+        (Path("run"), ["c", "a"], {"c"}),
+    ],
+)
+def test_what_a_later_critic_is_measured_on(monkeypatch, valued_by, problems, expected):
+    """Problems that no critic before was trained on; if there is none, one of those, and a warning."""
+    warnings = []
+    monkeypatch.setattr("dapo_trl.iteration.warn", warnings.append)
+    iteration = Iteration.__new__(Iteration)
+    iteration.valued_by, iteration._is_main = valued_by, True
+    iteration.earlier = [SimpleNamespace(held_out={"b"}, trained={"a"}), SimpleNamespace(held_out=set(), trained={"c"})]
+    assert iteration._choose_held_out(problems) == expected
+    assert len(warnings) == (len(problems) == 2)
+    iteration.earlier = ()
+    assert iteration._choose_held_out(problems) == (set(problems) if valued_by else {problems[0]})
 
 
 def test_a_second_iteration_later(commands, tmp_path):
@@ -399,7 +436,7 @@ def test_several_critics(commands, tmp_path, again):
     command = ("score", RECIPE, *SMALL, "--num_critics", "3", "--output_dir", again)
     code, text = commands.run(*command, output=tmp_path / "log")
     assert code != 0
-    assert "the mean value of `num_critics: 1`, which is now 3" in text and records(again) == before
+    assert "have the values of `num_critics: 1`, which is now `num_critics: 3`" in text and records(again) == before
     shutil.rmtree(again / "data")
     two = ("critic", RECIPE, *SMALL, "--num_critics", "2", "--output_dir", again)
     assert commands.run(*two, output=tmp_path / "log")[0] == 0

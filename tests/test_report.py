@@ -26,6 +26,7 @@ from matplotlib.image import imread
 import dapo_trl.report
 from conftest import REPOSITORY, make_tokenizer
 from dapo_trl.cli import main
+from dapo_trl.diagnosing import held_out_rows
 from dapo_trl.diagnosis import diagnose
 from dapo_trl.inspection import color
 from dapo_trl.intervals import Estimate
@@ -362,6 +363,17 @@ def test_iterations(tmp_path):
     assert "Iteration 3" not in text and "moved to fit" not in text
 
 
+def test_problems_that_were_held_out_are_those_of_the_record(tmp_path):
+    """Which are others than every tenth after the first iteration."""
+    folder = write_run(tmp_path / "run", ("critic",))
+    assert len(held_out_rows(folder / "data")[0]) > 0
+    known = {row["problem_id"] for row in held_out_rows(folder / "data")[0]}
+    config = {"config": {}, "seconds": 1.0, "results": {"held_out": ["p3"]}}
+    write_json(folder / "data" / "scored.json", config)
+    assert {row["problem_id"] for row in held_out_rows(folder / "data")[0]} == {"p3"} != known
+    assert shown(folder).count("held out: the critic") == 1
+
+
 def test_an_iteration_with_the_critic_of_the_first(tmp_path):
     folder = write_run(tmp_path / "run", ("critic",))
     second = write_run(folder, ("critic",), "iteration-2") / "iteration-2"
@@ -370,6 +382,7 @@ def test_an_iteration_with_the_critic_of_the_first(tmp_path):
     text = shown(folder)
     assert "values that are moved to fit the outcomes of this one" in text
     assert "Iteration 1: Critic" in text and "Iteration 2: Critic" not in text
+    assert "moved to fit" in shown(second)
 
 
 def test_of_one_iteration(tmp_path):

@@ -5,21 +5,20 @@ folders are refused early.
 
 import functools
 import json
-import shutil
 import threading
 import time
 
 import pytest
-from datasets import Dataset
 
 from dapo_trl.run_folder import (
     critic_folder,
     critic_folders,
-    earlier_problems,
     held_out_problems,
     last_checkpoint,
+    measured_problems,
     publish_once,
     refuse_closed_folder,
+    stage_times,
 )
 
 
@@ -52,25 +51,41 @@ def test_held_out_problems_stay_so():
     """
     first = [str(number) for number in range(12)]
     second = ["1", "10", *(f"new {number}" for number in range(11))]
-    assert held_out_problems(first) == held_out_problems(first * 2) == {"0", "10"}
-    assert held_out_problems(second, [first]) == {"10", "new 0", "new 10"}
-    assert held_out_problems(["0", "new 10", "new 1", "newest"], [first, second]) == {"0", "new 10", "newest"}
-    assert held_out_problems([], [first]) == held_out_problems([]) == set()
-    assert held_out_problems(["3", "4"], [first]) == {"3"}  # there has to be one
+    third = ["0", "new 10", "new 1", "newest"]
+    held_out, trained = set(), set()
+    for problems, expected in (
+        (first * 2, {"0", "10"}),
+        (second, {"10", "new 0", "new 10"}),
+        (third, {*third} - {"new 1"}),
+    ):
+        found = held_out_problems(problems, held_out, trained)
+        assert found == expected
+        held_out, trained = held_out | found, trained | set(problems) - found
+    assert held_out_problems([], held_out, trained) == held_out_problems([]) == set()
+    assert held_out_problems(["3", "4"], held_out, trained) == {"3"}  # there has to be one
 
 
-def test_problems_of_earlier_iterations(tmp_path):
-    """They lie beside: of the first in the run's folder itself. A folder that stands alone has none."""
-    folders = [tmp_path, tmp_path / "iteration-2", tmp_path / "iteration-3"]
-    for folder, shards in zip(folders, ((["a", "a"], ["b"]), (["b", "c"],), (["d"],)), strict=True):
-        for number, problems in enumerate(shards):
-            path = folder / "values" / "shards" / f"{number:05}-solutions.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Dataset.from_dict({"problem_id": problems}).to_parquet(str(path))
-    assert [earlier_problems(folder) for folder in folders] == [[], [["a", "b"]], [["a", "b"], ["b", "c"]]]
-    assert earlier_problems(tmp_path / "iteration-x") == []
-    alone = shutil.move(folders[1], tmp_path / "alone" / "iteration-2")
-    assert earlier_problems(alone) == [[]]
+def test_problems_that_a_critic_was_measured_on(tmp_path):
+    """Those that scoring noted, else training; records of earlier versions noted none, and there it is every tenth."""
+    problems = [str(number) for number in range(12)]
+    assert measured_problems(tmp_path, problems) == {"0", "10"}
+    for place, held_out in (("critic/stage.json", ["3", "4"]), ("data/scored.json", ["5"])):
+        path = tmp_path / place
+        path.parent.mkdir()
+        path.write_text(json.dumps({"config": {}, "results": {}}))
+        before = measured_problems(tmp_path, problems)
+        path.write_text(json.dumps({"config": {}, "results": {"held_out": held_out}}))
+        assert measured_problems(tmp_path, problems) == set(held_out) != before
+
+
+def test_stages_of_an_iteration_with_the_critics_of_another(tmp_path):
+    """Their trainings are stages of that one, also when only the other iteration is looked at."""
+    second = tmp_path / "iteration-2"
+    for place, config in (("critic/stage.json", {}), ("iteration-2/data/scored.json", {"later_critics": "shift"})):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text(json.dumps({"config": config, "seconds": 2.0}))
+    assert list(stage_times(second, [second])) == ["data/scored"]
+    assert list(stage_times(tmp_path, [tmp_path, second])) == ["critic", "iteration-2/data/scored"]
 
 
 def test_published_once(tmp_path):

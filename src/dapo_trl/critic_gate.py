@@ -25,12 +25,18 @@ _CURES = (
     "command goes on with this critic from here."
 )
 
+_CURES_OF_SHIFTED = (
+    "Train a critic in this iteration: `later_critics: train`, after deleting {data}. Or do without: `values: "
+    "shrinkage` in another `output_dir`, which then shrinks towards the mean outcome. With `allow_unfit_critic: true` "
+    "the same command goes on with these values from here."
+)
+
 
 class UnfitCriticError(ValueError):
     """The critic of a run should not be trained on."""
 
 
-def refuse_unfit(found: Mapping[str, Any], folder: Path) -> None:
+def refuse_unfit(found: Mapping[str, Any], folder: Path, is_shifted: bool = False) -> None:
     """
     Refuse a critic that is not fit to train on.
 
@@ -39,6 +45,8 @@ def refuse_unfit(found: Mapping[str, Any], folder: Path) -> None:
             What [`~dapo_trl.diagnosing.diagnose_once`] gave.
         folder (`Path`):
             Folder of the iteration.
+        is_shifted (`bool`, *optional*, defaults to `False`):
+            Whether it is the first iteration's, with values that are moved to the outcomes of this one.
 
     Raises:
         UnfitCriticError: if it is not fit: with what was measured, and what to try.
@@ -46,14 +54,18 @@ def refuse_unfit(found: Mapping[str, Any], folder: Path) -> None:
     if found["is_fit"]:
         return
     folders = critic_folders(folder) or [folder / "critic"]
+    cures = _CURES.format(folders=", ".join(f"`{path.name}`" for path in folders))
     who = f"The mean of {len(folders)} critics in {folder}" if len(folders) > 1 else f"The critic in {folders[0]}"
+    if is_shifted:
+        who = f"What the first iteration's critic says in {folder}"
+        cures = _CURES_OF_SHIFTED.format(data=folder / "data")
     parts = [f"{who} is refused. {found['verdict']}"]
     if found["measures"]:
         parts += [f"{describe(found)}.", _NEEDED]
     if found.get("num_problems", 0) < ENOUGH_PROBLEMS:
         parts.append(
-            "It is measured on every tenth of the problems that have right and wrong solutions, which are too few here "
-            f"to be sure of anything: with {10 * ENOUGH_PROBLEMS} of them, {ENOUGH_PROBLEMS} are held out."
+            "It is measured on every tenth of the problems that have right and wrong solutions (after the first "
+            "iteration, on those that no critic was trained on), which are too few here to be sure of anything: with "
+            f"{10 * ENOUGH_PROBLEMS} of them in the first, {ENOUGH_PROBLEMS} are held out."
         )
-    cures = _CURES.format(folders=", ".join(f"`{path.name}`" for path in folders))
     raise UnfitCriticError(" ".join([*parts, cures]))

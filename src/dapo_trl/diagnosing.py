@@ -14,7 +14,7 @@ from rich.table import Table
 from dapo_trl.calibration import draw_calibration
 from dapo_trl.diagnosis import Diagnosis, TooFewProblemsError, diagnose
 from dapo_trl.files import dump_json, named_damage, numbered_folders, read_json, read_parquet, write_atomically
-from dapo_trl.run_folder import earlier_problems, held_out_problems, scored_config
+from dapo_trl.run_folder import measured_problems, scored_config
 
 
 Row = dict[str, Any]
@@ -78,7 +78,7 @@ def held_out_rows(data: Path, extra: tuple[str, ...] = ()) -> tuple[list[Row], l
     cure = f"Delete {data / 'scored.json'} to score the rows again"
     both = {"solutions": ("completions", "reward"), "states": ("counts",)}
     problems = read_parquet(data / "solutions_critic.parquet", cure, columns=["problem_id"])["problem_id"].to_pylist()
-    held_out = held_out_problems(problems, earlier_problems(data.parent))
+    held_out = measured_problems(data.parent, problems)
     filters = [("problem_id", "in", held_out)] if problems else None
     tables = []
     for name, columns in both.items():

@@ -9,7 +9,6 @@ Shapes: I iterations, the last one being today's; S states.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ Numbers = Sequence[float] | np.ndarray
 _SHIFTS = np.linspace(-6.0, 6.0, 241)  # of log-odds, that a table is moved by
 _COUNTED = ("problem_id", "mc_successes", "mc_rollouts")
 _VALUED = (*_COUNTED, "critic_values")
+_MARGIN = 0.02  # states with values nearer to 0 or 1 say nothing about others
 _CLOSEST = 1e-6  # values of a table lie this far from 0 and 1 at least
 
 
@@ -233,7 +233,7 @@ def _outcomes(row: Mapping[str, Any]) -> Iterator[tuple[Hashable, tuple[float, i
             yield (row["problem_id"], *row["completions"][:depth], None), outcomes
 
 
-def _candidate_keys(row: Mapping[str, Any]) -> list[Hashable]:
+def _candidate_keys(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """What tells the state after each candidate apart: problem, steps, and for one that ends the solution its end."""
     rewards = row.get("rewards") or [None] * len(row["candidates"])
     return [
@@ -326,7 +326,7 @@ def batch_values(
     successes: Numbers,
     rollouts: Numbers,
     groups: Sequence[object] | None = None,
-    margin: float = 0.02,
+    margin: float = _MARGIN,
 ) -> np.ndarray:
     r"""
     Values of the states of a batch, each moved by how the others turned out.
@@ -372,26 +372,33 @@ def batch_values(
     v_S, k_S, n_S = check_table(values, successes, rollouts)
     if not 0 < margin < 0.5:
         raise ValueError(f"`margin` must lie between 0 and 1/2, got {margin}.")
-    numbers: dict[object, int] = {}
     names = range(len(v_S)) if groups is None else groups
-    g_S = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
-    if len(g_S) != len(v_S):
-        raise ValueError(f"Each state has a group: got {len(g_S)} groups for {len(v_S)} states.")
+    if len(names) != len(v_S):
+        raise ValueError(f"Each state has a group: got {len(names)} groups for {len(v_S)} states.")
+    ratio, counted = _ratios(v_S, k_S, n_S, names, margin)
+    return np.where(counted, np.clip(v_S * ratio, 0.0, 1.0), v_S)
+
+
+def _ratios(
+    v_S: np.ndarray, k_S: np.ndarray, n_S: np.ndarray, groups: Sequence[object], margin: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each state the ratio of successes to values in the other groups, and whether the state counts in such."""
+    numbers: dict[object, int] = {}
+    g_S = np.array([numbers.setdefault(name, len(numbers)) for name in groups], dtype=np.int64)
     counted = (v_S > margin) & (v_S < 1 - margin)
     w_S = np.where(counted, 1 / np.where(counted, 1 - v_S, 1.0), 0.0)
     found, expected = w_S * k_S, w_S * n_S * v_S
     others = [total.sum() - np.bincount(g_S, total, len(numbers))[g_S] for total in (found, expected)]
-    usable = counted & (others[1] > 1e-12 * max(expected.sum(), 1.0))
-    ratio = np.where(usable, others[0] / np.where(usable, others[1], 1.0), 1.0)
-    return np.clip(v_S * ratio, 0.0, 1.0)
+    usable = others[1] > 1e-12 * max(expected.sum(), 1.0)
+    return np.where(usable, others[0] / np.where(usable, others[1], 1.0), 1.0), counted
 
 
 def revalue(solutions: Dataset, states: Dataset, with_ratio: bool = False) -> Revalued:
     """
     Rows of today with the values of a critic of before, moved so that they fit the outcomes of today.
 
-    The shift is fitted to the outcomes of all candidates that do not end the solution. What ends one keeps its value:
-    its outcome depends on no policy.
+    The shift is fitted to the outcomes of all states of solutions and after candidates, each once, but for the ends of
+    solutions: these keep their values, as their outcomes depend on no policy.
 
     Args:
         solutions ([`~datasets.Dataset`]):
@@ -400,7 +407,8 @@ def revalue(solutions: Dataset, states: Dataset, with_ratio: bool = False) -> Re
         states ([`~datasets.Dataset`]):
             State rows, with the same.
         with_ratio (`bool`, *optional*, defaults to `False`):
-            Move each value also by how the other problems turned out, see [`batch_values`].
+            Move the values of each problem also by how the others turned out, see [`batch_values`]; all of them, so
+            that the order of its states stays what it is.
 
     Returns:
         [`Revalued`].
@@ -428,29 +436,45 @@ def revalue(solutions: Dataset, states: Dataset, with_ratio: bool = False) -> Re
         refuse_missing_columns(
             rows, "Values of an earlier critic need", _VALUED, "`predict_values` and sampling write them."
         )
-    cells = [cell for rows in tables for row in rows for cell in _valued(row)]
-    names, ends, k_S, n_S, v_S = (np.array(column) for column in zip(*cells, strict=True))
-    counted = np.arange(len(v_S)) < sum(map(len, states["critic_values"]))  # states of solutions are among them
-    n_S = np.where(counted & ~ends, n_S, 0)
-    k_S = np.where(n_S > 0, k_S, 0.0)
+    known = {state.key: state for rows in tables for row in rows for state in _valued(row) if not state.is_end}
+    if not known:
+        return Revalued(solutions, states, 0.0)
+    v_S, k_S, n_S = (np.array(column) for column in zip(*(state.counts for state in known.values()), strict=True))
     shift = fit_shift(v_S, k_S, n_S)
-    moved = shifted_values(v_S, shift)
+    ratios: dict[str, float] = {}
     if with_ratio:
-        moved = batch_values(moved, k_S, n_S, list(names))
-    columns = iter(np.where(ends, v_S, moved).tolist())
-    found = [
-        with_columns(rows, {"critic_values": [list(islice(columns, len(cell))) for cell in rows["critic_values"]]})
-        for rows in tables
-    ]
-    return Revalued(found[1], found[0], shift)
+        problems = [state.problem_id for state in known.values()]
+        ratios = dict(zip(problems, _ratios(shifted_values(v_S, shift), k_S, n_S, problems, _MARGIN)[0], strict=True))
+
+    def moved(row: Mapping[str, Any]) -> list[float]:
+        ratio, values = ratios.get(row["problem_id"], 1.0), shifted_values(row["critic_values"], shift)
+        return [
+            state.counts[0] if state.is_end else min(ratio * value, 1.0)
+            for state, value in zip(_valued(row), values.tolist(), strict=True)
+        ]
+
+    of_solutions, of_states = ([moved(row) for row in rows] for rows in (solutions, states))
+    return Revalued(
+        with_columns(solutions, {"critic_values": of_solutions}),
+        with_columns(states, {"critic_values": of_states}),
+        shift,
+    )
 
 
-def _valued(row: Mapping[str, Any]) -> Iterator[tuple[str, bool, float, int, float]]:
-    """Problem, whether it ends the solution, successes, rollouts and value of each state that a row has a value of."""
-    values = row["critic_values"]
+class _State(NamedTuple):
+    key: tuple[Any, ...]
+    problem_id: str
+    is_end: bool
+    counts: tuple[float, float, int]  # value, successes, rollouts
+
+
+def _valued(row: Mapping[str, Any]) -> Iterator[_State]:
+    """The states that a row has a value of."""
+    counts = zip(row["critic_values"], row["mc_successes"], row["mc_rollouts"], strict=True)
     if "candidates" in row:
-        ends = [reward is not None for reward in row.get("rewards") or [None] * len(values)]
-    else:
-        ends = [depth == len(row["completions"]) for depth in range(len(values))]
-    for cell in zip(ends, row["mc_successes"], row["mc_rollouts"], values, strict=True):
-        yield (row["problem_id"], *cell)
+        for key, each in zip(_candidate_keys(row), counts, strict=True):
+            yield _State(key, row["problem_id"], key[-1] == "end", each)
+        return
+    for depth, each in enumerate(counts):
+        is_end = depth == len(row["completions"])
+        yield _State((row["problem_id"], *row["completions"][:depth], None), row["problem_id"], is_end, each)

@@ -33,7 +33,6 @@ from dapo_trl.recipe_arguments import changed_fields
 from dapo_trl.run_folder import (
     CRITIC_SEEDS,
     critic_folder,
-    earlier_problems,
     held_out_problems,
     last_checkpoint,
     made_how,
@@ -98,14 +97,18 @@ class Iteration:
             Name or path of the policy that samples, and that is trained.
         critics (sequence of `str`, *optional*):
             The same of the models that the critics begin with, `num_critics` of them. `None` takes the generator.
-        earlier (sequence of [`~dapo_trl.store.ShardStore`], *optional*):
-            Values of the iterations before.
+        earlier (sequence of [`Iteration`], *optional*):
+            The iterations before, all of whose stages are done.
         valued_by (`Path`, *optional*):
             Folder of an earlier iteration whose critics value the rows of this one, which has none of its own then.
 
     Attributes:
         values ([`~dapo_trl.store.ShardStore`] or `None`):
             Its own, once they are there.
+        held_out (`set[str]`):
+            Problems that its critics are measured on, once these are there.
+        trained (`set[str]`):
+            Problems that its critics were trained on.
     """
 
     def __init__(
@@ -115,7 +118,7 @@ class Iteration:
         folder: Path,
         generator: str,
         critics: Sequence[str] | None,
-        earlier: Sequence[ShardStore] = (),
+        earlier: Sequence["Iteration"] = (),
         valued_by: Path | None = None,
     ) -> None:
         self.recipe = recipe
@@ -128,6 +131,8 @@ class Iteration:
         self.earlier = earlier
         self.valued_by = valued_by
         self.values: ShardStore | None = None
+        self.held_out: set[str] = set()
+        self.trained: set[str] = set()
         self.results: dict[str, Any] = {"dropped": {}}
         self._is_main = PartialState().is_main_process
 
@@ -150,13 +155,13 @@ class Iteration:
         values = self.values = self._value(sampled)
         states = {}
         if self.arguments.values != "monte_carlo" and "critic" in stages:
-            self._refuse_other_number()
+            self._refuse_other_critics()
             if self.valued_by is None:
                 self._train_critics(values)
             if "score" in stages:
                 states["critic"] = self._score(values)
         if self.arguments.values == "shrinkage" and "advantages" in stages:
-            states = {"shrinkage": self._shrink(states["critic"], self._held_out(values.table("solutions")))}
+            states = {"shrinkage": self._shrink(states["critic"])}
         if self.arguments.values in ("monte_carlo", "both") and "advantages" in stages:
             states["monte_carlo"] = advantages_from("monte_carlo", self._with_earlier_outcomes(values.table("states")))
             self._write(states["monte_carlo"], "states_monte_carlo")
@@ -171,7 +176,8 @@ class Iteration:
         """Outcomes of the iterations before count too, if that is asked for."""
         if not self.earlier or self.arguments.kernel_bandwidth is None:
             return states
-        tables = [[store.table("states"), store.table("solutions")] for store in self.earlier]
+        stores = [each.values for each in self.earlier if each.values is not None]
+        tables = [[store.table("states"), store.table("solutions")] for store in stores]
         return add_kernel_values(states, tables, self.arguments.kernel_bandwidth)
 
     def _sample(self) -> ShardStore:
@@ -191,7 +197,8 @@ class Iteration:
         if number == 0 and self._is_main:
             warn("No problem has right and wrong solutions: there is nothing to learn from them. " + CURES)
         used = min(number, self.arguments.num_problems_with_signal or number)  # the last shard may have more
-        if used == 1 and "critic" in stages and self.arguments.values != "monte_carlo":
+        trains_critics = "critic" in stages and self.arguments.values != "monte_carlo" and self.valued_by is None
+        if used == 1 and trains_critics:
             one, cure = "Only one problem has right and wrong solutions", CURES
             if number > 1:
                 one, cure = "`num_problems_with_signal` is 1", "Raise it."
@@ -217,9 +224,20 @@ class Iteration:
         """Of the critics that value the rows."""
         return [critic_folder(self.valued_by or self.folder, number) for number in range(len(self.critics))]
 
-    def _held_out(self, solutions: Dataset) -> set[str]:
-        """Problems that the critics were not trained on, nor those that they began with."""
-        return held_out_problems(solutions["problem_id"], earlier_problems(self.folder))
+    def _choose_held_out(self, problems: Sequence[str]) -> set[str]:
+        """Problems to measure critics on: none that the critics before, which these begin with, were trained on."""
+        before = set().union(*(each.held_out for each in self.earlier))
+        trained = set().union(*(each.trained for each in self.earlier))
+        if self.valued_by is None:
+            held_out = held_out_problems(problems, before - trained, trained)
+        else:
+            held_out = set(problems) - trained or set(problems[:1])
+        if held_out & trained and self._is_main:
+            warn(
+                "Critics before were trained on all problems that have right and wrong solutions now. What the critic "
+                "knows is measured on one of them, and looks better than it is. " + CURES
+            )
+        return held_out
 
     @property
     def _scored(self) -> Path:
@@ -243,33 +261,48 @@ class Iteration:
                 "`critic.load_best_model_at_end` chooses by the problems that the critic is then measured on: what is "
                 "measured looks a little better than it is."
             )
-        trained = [self._train_critic(number, values) for number in range(len(self.critics))]
+        problems = list(dict.fromkeys(values.table("solutions")["problem_id"]))
+        chosen = self._choose_held_out(problems)
+        trained = [self._train_critic(number, values, chosen) for number in range(len(self.critics))]
+        # critics of earlier versions noted nothing: they were trained on all but every tenth
+        self.held_out = set(trained[0].get("held_out", held_out_problems(problems)))
+        self.trained = set(problems) - self.held_out
         metrics = [results["metrics"] for results in trained]
         self.results["critic"] = metrics[0] if len(metrics) == 1 else {"critics": metrics}
         self.results["dropped"]["critic"] = trained[0]["dropped"]  # all have the same rows
 
-    def _refuse_other_number(self) -> None:
-        """Before any critic is trained: rows that are scored have the mean value of so many."""
+    def _refuse_other_critics(self) -> None:
+        """Before any critic is trained: rows that are scored say by how many, and of which iteration."""
         known = scored_config(self._scored.parent)
         if known is None:
             return
-        number = len(known.get("critics", [None]))
-        if number != len(self.critics):
+        wanted = None if self.valued_by is None else self.arguments.later_critics
+        number, kind = len(known.get("critics", [None])), known.get("later_critics")
+        if (number, kind) != (len(self.critics), wanted):
+            before, now = (
+                f"`num_critics: {n}`" + (f", `later_critics: {k}`" if k else "")
+                for n, k in ((number, kind), (len(self.critics), wanted))
+            )
             raise ValueError(
-                f"The rows of {self._scored.parent} have the mean value of `num_critics: {number}`, which is now "
-                f"{len(self.critics)}. Choose another `output_dir`, or delete {self._scored.parent} and the policies "
-                "that were trained on these rows; critics that are trained are not trained again."
+                f"The rows of {self._scored.parent} have the values of {before}, which is now {now}. Choose another "
+                f"`output_dir`, or delete {self._scored.parent} and the policies that were trained on these rows; "
+                "critics that are trained are not trained again."
             )
 
-    def _train_critic(self, number: int, values: ShardStore) -> dict[str, Any]:
+    def _train_critic(self, number: int, values: ShardStore, held_out: set[str]) -> dict[str, Any]:
         folder, critic = critic_folder(self.folder, number), self.critics[number]
         title = "Critic" if len(self.critics) == 1 else f"Critic {number + 1} of {len(self.critics)}"
         print_title(title, folder / "stage.json")
         solutions = values.table("solutions")
-        held_out = self._held_out(solutions)
 
         def rows_to_train_on() -> Dataset:
             seen = solutions.filter(lambda row: row["problem_id"] not in held_out)
+            if not len(seen):
+                raise ValueError(
+                    f"All {len(held_out)} problems with right and wrong solutions were held out from the critics "
+                    f"before: none is left to train this one on. {CURES} Or set `later_critics: shift`, which trains "
+                    "none."
+                )
             if self.arguments.critic_states == "solutions":
                 return seen
             states = values.table("states").filter(lambda row: row["problem_id"] not in held_out)
@@ -290,13 +323,13 @@ class Iteration:
         settings = self._settings(given, critic, values.manifest["fingerprint"])
         if self.arguments.critic_states != "solutions":  # as of runs before there was a choice
             settings["states"] = self.arguments.critic_states
-        if self.number:  # once the first problem and every tenth were held out, seen before or not
-            settings["held_out"] = "as in the iterations before"
-        return self._train(make_trainer, given, critic, folder, settings)
+        return self._train(make_trainer, given, critic, folder, settings, {"held_out": sorted(held_out)})
 
     def _score(self, values: ShardStore) -> Dataset:
         """Value all rows by the critics; measure their mean on the problems that they were not trained on."""
         critics = list(map(model_path, self._critic_folders))
+        if self.valued_by is not None:
+            self.held_out = self._choose_held_out(list(dict.fromkeys(values.table("solutions")["problem_id"])))
 
         def compute() -> dict[str, Any]:
             tables = [self._predict(critic, values) for critic in critics]
@@ -305,17 +338,17 @@ class Iteration:
             if self.valued_by is not None:
                 moved = revalue(**scored, with_ratio=self.arguments.later_critics == "batch")
                 scored, found = {"solutions": moved.solutions, "states": moved.states}, {"shift": moved.shift}
-            held_out = self._held_out(scored["solutions"])
-            unseen = scored["states"].filter(lambda row: row["problem_id"] in held_out)
+            unseen = scored["states"].filter(lambda row: row["problem_id"] in self.held_out)
             scored["states"] = self._with_critic_advantages(scored["states"], unseen)
             for name, rows in scored.items():
                 self._write(rows, f"{name}_critic")
             ranking, num_pairs = sibling_ranking(unseen["critic_values"], unseen["values"], min_difference=TOLD_APART)
             if self._is_main:
                 draw_values(scored["solutions"], self.folder / "values.png")
-            found |= {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs, "num_held_out": len(held_out)}
+            found |= {"eval_sibling_ranking": ranking, "eval_sibling_pairs": num_pairs}
+            found |= {"num_held_out": len(self.held_out), "held_out": sorted(self.held_out)}
             if len(critics) > 1 or self.valued_by is not None:  # a single one was measured after its training
-                unseen = scored["solutions"].filter(lambda row: row["problem_id"] in held_out)
+                unseen = scored["solutions"].filter(lambda row: row["problem_id"] in self.held_out)
                 found |= {f"eval_{name}": number for name, number in solution_metrics(unseen).items()}
             return found
 
@@ -327,13 +360,14 @@ class Iteration:
         if self.valued_by is not None:
             settings["later_critics"] = self.arguments.later_critics
         results = run_once(self._scored, settings, compute, self._is_main)
+        results.pop("held_out", None)  # which is for who reads the rows
         self.results["critic"] = (
             self.results.get("critic", {}) | results | {"diagnosis": diagnose_once(self._scored.parent, self._is_main)}
         )
         print_critic(self.results["critic"])
         free_memory()
         if self.arguments.values != "shrinkage" and not self.arguments.allow_unfit_critic:
-            refuse_unfit(self.results["critic"]["diagnosis"], self.folder)
+            refuse_unfit(self.results["critic"]["diagnosis"], self.folder, is_shifted=self.valued_by is not None)
         for number, folder in enumerate(self._critic_folders if self.valued_by is None else ()):
             self._finish_card(number, folder)
             self.recipe.publisher.model(folder, is_one_of_several=len(self.critics) > 1)
@@ -375,9 +409,9 @@ class Iteration:
             return advantages_from("critic", states)
         return advantages_from("critic", states, strength)
 
-    def _shrink(self, scored: Dataset, held_out: set[str]) -> Dataset:
+    def _shrink(self, scored: Dataset) -> Dataset:
         """Monte Carlo values shrunk towards the critic's, as far as problems that it was not trained on trust it."""
-        unseen = scored.filter(lambda row: row["problem_id"] in held_out)
+        unseen = scored.filter(lambda row: row["problem_id"] in self.held_out)
         prior, unseen_prior = scored, unseen
         if not self._uses_critic:
             prior, unseen_prior = (with_mean_prior(rows, unseen) for rows in (scored, unseen))
@@ -415,7 +449,7 @@ class Iteration:
         if self.earlier and self.arguments.kernel_bandwidth is not None:
             settings |= {
                 "kernel_bandwidth": self.arguments.kernel_bandwidth,
-                "earlier": [store.manifest["fingerprint"] for store in self.earlier],
+                "earlier": [each.values.manifest["fingerprint"] for each in self.earlier if each.values is not None],
             }
         if source == "shrinkage" and not self._uses_critic:
             settings |= {"prior": "mean outcome"}
@@ -440,15 +474,19 @@ class Iteration:
         model: str,
         folder: Path,
         settings: dict[str, Any],
+        noted: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Train a model in its folder, unless that is done; from its last checkpoint, if there is one."""
+        """
+        Train a model in its folder, unless that is done; from its last checkpoint, if there is one. What is noted
+        stands among the results.
+        """
 
         def compute() -> dict[str, Any]:
             trainer = make_trainer({"output_dir": str(folder), **self.recipe.training_arguments(given, model)})
             trainer.train(resume_from_checkpoint=last_checkpoint(folder, settings))
             metrics = {} if trainer.eval_dataset is None else trainer.evaluate()
             self._save(trainer)
-            return {"metrics": metrics, "dropped": trainer.preprocessing_report}
+            return {"metrics": metrics, "dropped": trainer.preprocessing_report} | (noted or {})
 
         results = run_once(folder / "stage.json", settings, compute, self._is_main)
         free_memory()

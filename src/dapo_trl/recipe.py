@@ -47,7 +47,6 @@ from dapo_trl.run_folder import (
 )
 from dapo_trl.settings import SettingsError
 from dapo_trl.stages import process_state, rows_fingerprint
-from dapo_trl.store import ShardStore
 from dapo_trl.summary import print_evaluation, print_next, print_results, print_title
 from dapo_trl.tables import table_features, with_problem_ids
 from dapo_trl.verifiers.code import CodeVerifier, make_executor
@@ -131,12 +130,12 @@ class Recipe:
         start, number_of_critics = self.arguments.critic_model_name_or_path, self.arguments.num_critics
         critics = [start] * number_of_critics if start else None
         folders = [iteration_folder(self.folder, number) for number in range(self.arguments.iterations)]
-        earlier: list[ShardStore] = []
+        earlier: list[Iteration] = []
         for number, folder in enumerate(folders):
             valued_by = folders[0] if number and self.arguments.later_critics != "train" else None
             iteration = Iteration(self, number, folder, generator, critics, tuple(earlier), valued_by)
             results = iteration.run(until)
-            earlier += [iteration.values] if iteration.values is not None else []
+            earlier.append(iteration)
             if until != "train":
                 return results
             several = {"iterations": [*self.results.get("iterations", []), results]}

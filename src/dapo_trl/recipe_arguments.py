@@ -336,7 +336,8 @@ class RecipeArguments:
         if self.values not in ("critic", "shrinkage") or self.iterations == 1:
             raise ValueError(
                 "`later_critics` is about critics from the second iteration on; got "
-                f"`values: {self.values}` and {self.iterations} iterations. Remove it, or change them."
+                f"`values: {self.values}` and {self.iterations} iterations. Remove it, or set `values: critic` or "
+                "`shrinkage`, and `iterations: 2` or more."
             )
         if self.later_critics == "batch" and self.min_completions is not None:
             raise ValueError(

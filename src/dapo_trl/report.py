@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from dapo_trl._version import __version__
 from dapo_trl.files import write_atomically
-from dapo_trl.report_problems import NUM_COLORS, palette, read_problems, spread
+from dapo_trl.report_problems import NUM_COLORS, palette, problem_ids, read_problems, spread
 from dapo_trl.report_results import (
     Accuracy,
     Critic,
@@ -37,7 +37,6 @@ from dapo_trl.report_run import (
     stages_of,
     versions_of,
 )
-from dapo_trl.run_folder import valued_problems
 
 
 NUM_PROBLEMS = 40
@@ -139,7 +138,7 @@ def _evaluation_counts(accuracies: list[Accuracy]) -> list[tuple[str, list[tuple
 
 def _browser(environment: Environment, iterations: list[Iteration], number: int) -> dict[str, Any]:
     """Problems as HTML, as many as were asked for and fit; of several iterations equally many each."""
-    parts = [part for part in iterations if valued_problems(part.folder)]
+    parts = [part for part in iterations if problem_ids(part)]
     shares = [len(range(place, number, len(parts))) for place in range(len(parts))]
     problems = [problem for part, share in zip(parts, shares, strict=True) for problem in read_problems(part, share)]
     draw = environment.get_template("report_problem.html").module.problem  # type: ignore[attr-defined]
@@ -151,7 +150,7 @@ def _browser(environment: Environment, iterations: list[Iteration], number: int)
         "drawn": drawn,
         "num_asked": number,
         "num_found": len(problems),
-        "num_known": sum(len(valued_problems(part.folder)) for part in parts),
+        "num_known": sum(len(problem_ids(part)) for part in parts),
         "has_critic": any(problem.has_critic for problem, _ in drawn),
     }
 

@@ -15,7 +15,7 @@ from dapo_trl.files import named_damage, read_parquet
 from dapo_trl.inspection import color
 from dapo_trl.problem_tree import Node, Row, add_critic, best_first, build_tree, note_advantages, solution_path
 from dapo_trl.report_run import POLICIES, Iteration
-from dapo_trl.run_folder import earlier_problems, held_out_problems, shard_tables, table_cure, valued_problems
+from dapo_trl.run_folder import measured_problems, shard_tables, table_cure
 
 
 NUM_COLORS = 21  # values are coloured in steps of 1/20; they are written beside it
@@ -105,6 +105,25 @@ def spread(items: Sequence[Any], number: int) -> list[Any]:
     return [items[index * len(items) // number] for index in range(number)]
 
 
+def problem_ids(part: Iteration) -> list[str]:
+    """
+    Problems of an iteration with values.
+
+    Args:
+        part ([`~dapo_trl.report_run.Iteration`]):
+            Iteration.
+
+    Returns:
+        `list[str]`: in the order of the run.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    paths = shard_tables(part.folder / "values", "solutions")
+    ids = [read_parquet(path, table_cure(path), columns=["problem_id"])["problem_id"].to_pylist() for path in paths]
+    return list(dict.fromkeys(problem_id for some in ids for problem_id in some))
+
+
 def read_problems(part: Iteration, number: int) -> list[Problem]:
     """
     Some problems of an iteration, at equal distances among those with values.
@@ -121,10 +140,10 @@ def read_problems(part: Iteration, number: int) -> list[Problem]:
     Raises:
         ValueError: if a file is damaged.
     """
-    known = valued_problems(part.folder)
+    known = problem_ids(part)
     chosen = spread(known, number)
     has_critic = (part.folder / "critic" / "stage.json").exists() or (part.folder / "data" / "scored.json").exists()
-    held_out = held_out_problems(known, earlier_problems(part.folder)) if has_critic else set()
+    held_out = measured_problems(part.folder, known) if has_critic else set()
     values, data = part.folder / "values", part.folder / "data"
     states, solutions = (_by_problem(shard_tables(values, name), chosen) for name in ("states", "solutions"))
     scored = [_by_problem([data / f"{name}_critic.parquet"], chosen) for name in ("states", "solutions")]

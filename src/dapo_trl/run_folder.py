@@ -5,7 +5,7 @@ What lies where in the folder of a run, and what a kill left of it.
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from dapo_trl.files import (
     dump_json,
     numbered_folders,
     read_json,
-    read_parquet,
     refuse_differences,
     shard_cure,
     wait_for,
@@ -77,7 +76,9 @@ def table_cure(path: Path) -> str:
     return f"Delete {scored} to score the rows again" if scored.exists() else "Write it again"
 
 
-def held_out_problems(problem_ids: Iterable[str], earlier: Iterable[Iterable[str]] = ()) -> set[str]:
+def held_out_problems(
+    problem_ids: Iterable[str], held_out: Collection[str] = (), trained: Collection[str] = ()
+) -> set[str]:
     """
     The problems that a critic is measured on, and not trained on.
 
@@ -87,71 +88,55 @@ def held_out_problems(problem_ids: Iterable[str], earlier: Iterable[Iterable[str
     Args:
         problem_ids (iterable of `str`):
             Problems of the solution rows of an iteration, in their order.
-        earlier (iterable of iterables of `str`, *optional*):
-            The same of the iterations before it, the first one first; see [`earlier_problems`].
+        held_out (collection of `str`, *optional*):
+            What was held out from the critics of iterations before.
+        trained (collection of `str`, *optional*):
+            What they were trained on.
 
     Returns:
-        `set[str]`: every tenth, from the first, of the problems that no earlier iteration had, and what was held out
-        there. If there is none of either, the first problem, of which alone no critic is found fit.
+        `set[str]`: of the new problems every tenth, from the first, and those that were held out before. If there is
+        none of either, the first problem.
 
     Example:
 
     ```python
     >>> from dapo_trl import held_out_problems
 
-    >>> first, second = [f"{number}" for number in range(12)], ["1", "10", "new"]
-    >>> sorted(held_out_problems(first)), sorted(held_out_problems(second, [first]))
-    (['0', '10'], ['10', 'new'])
+    >>> sorted(held_out_problems(["a", "b", "c"]))
+    ['a']
+    >>> sorted(held_out_problems(["b", "a", "new"], held_out=["a"], trained=["b", "c"]))
+    ['a', 'new']
 
     ```
     """
-    held_out: set[str] = set()
-    seen: set[str] = set()
-    here = dict.fromkeys(problem_ids)
-    for problems in (*earlier, here):
-        new = [problem for problem in dict.fromkeys(problems) if problem not in seen]
-        held_out.update(new[::10])
-        seen.update(new)
-    return held_out & here.keys() or set(list(here)[:1])
+    here = list(dict.fromkeys(problem_ids))
+    known = {*held_out, *trained}
+    new = [problem for problem in here if problem not in known]
+    return {*new[::10], *set(held_out).intersection(here)} or set(here[:1])
 
 
-def valued_problems(folder: Path) -> list[str]:
+def measured_problems(folder: Path, problem_ids: Iterable[str]) -> set[str]:
     """
-    Problems of the solution rows of an iteration.
+    The problems that the critic of an iteration is measured on.
 
     Args:
         folder (`Path`):
             Folder of the iteration.
+        problem_ids (iterable of `str`):
+            Problems of its solution rows, in their order.
 
     Returns:
-        `list[str]`: in the order of the run.
+        `set[str]`: those that scoring noted, or training; if neither did, as earlier versions, every tenth.
 
     Raises:
-        ValueError: if a file is damaged.
+        ValueError: if a record is damaged.
     """
-    paths = shard_tables(folder / "values", "solutions")
-    ids = [read_parquet(path, table_cure(path), columns=["problem_id"])["problem_id"].to_pylist() for path in paths]
-    return list(dict.fromkeys(problem for some in ids for problem in some))
-
-
-def earlier_problems(folder: Path) -> list[list[str]]:
-    """
-    Problems of the iterations before one, as far as they lie beside it.
-
-    Args:
-        folder (`Path`):
-            Folder of the iteration.
-
-    Returns:
-        `list[list[str]]`: the first iteration first; none for the first.
-
-    Raises:
-        ValueError: if a file is damaged.
-    """
-    name, _, number = folder.name.rpartition("-")
-    if name != "iteration" or not number.isdecimal():
-        return []
-    return [valued_problems(iteration_folder(folder.parent, before)) for before in range(int(number) - 1)]
+    for path in (folder / "data" / "scored.json", folder / "critic" / "stage.json"):
+        if path.exists():
+            results = read_json(path, ["config"], cure="Delete it to do this step again").get("results", {})
+            if "held_out" in results:
+                return set(results["held_out"])
+    return held_out_problems(problem_ids)
 
 
 def policy_folder(source: str) -> str:
@@ -274,7 +259,8 @@ def stage_times(folder: Path, iterations: list[Path]) -> dict[str, dict[str, flo
     paths = []
     for part in iterations:
         paths += [part / stage / "manifest.json" for stage in ("sampled", "values")]
-        paths += [critic / "stage.json" for critic in critic_folders(part)] + [part / "data" / "scored.json"]
+        own = [critic for critic in critic_folders(part) if critic.parent == part]  # not those of another iteration
+        paths += [critic / "stage.json" for critic in own] + [part / "data" / "scored.json"]
         paths += [path for name in ("stage", "accuracy") for path in sorted(part.glob(f"policy*/{name}.json"))]
     found = {}
     for path in [folder / "before.json", *paths]:
