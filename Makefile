@@ -4,7 +4,7 @@
 #   make test-slow       more variants of some, six minutes
 #   make test-min        the same with the oldest supported versions of trl, transformers, accelerate, datasets and peft
 #   make check           lint, format, types, spelling
-#   make bench           the measurements behind the README's tables, about a day
+#   make bench           the measurements behind the README's tables, a day or two
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from learning_jobs import STUDENTS, TASKS, Job, data_of, run_jobs
+from learning_jobs import STUDENTS, TASKS, Job, data_of, run_jobs, sample_data
 from learning_report import METRICS, spread
 from recording import REPOSITORY, command_line, keep, origin, origin_in_words, write_between
 
@@ -116,7 +116,11 @@ def jobs_of(ablation: Ablation, seeds: list[int], folder: Path) -> Iterator[tupl
 def measure(seeds: list[int], folder: Path, num_processes: int) -> dict[str, Any]:
     """Results of all values, and of the critics where they differ."""
     everything = {ablation.name: list(jobs_of(ablation, seeds, folder)) for ablation in ABLATIONS}
-    run_jobs([job for jobs in everything.values() for _, job in jobs], folder, num_processes)
+    jobs = [job for jobs in everything.values() for _, job in jobs]
+    run_jobs(jobs, folder, num_processes)
+    sample_data(
+        [job for job in jobs if not diagnosis_of(job, folder).exists()], folder, num_processes
+    )  # of kept results
     found: dict[str, Any] = {}
     for ablation in ABLATIONS:
         rows: dict[str, list[dict[str, Any]]] = {}
@@ -128,9 +132,13 @@ def measure(seeds: list[int], folder: Path, num_processes: int) -> dict[str, Any
     return found
 
 
+def diagnosis_of(job: Job, folder: Path) -> Path:
+    return data_of(job, folder).run / "data" / "diagnosis.json"
+
+
 def critic_of(job: Job, folder: Path) -> dict[str, float]:
     """Skill of the critic, or of several together, on problems that it was not trained on."""
-    measures = json.loads((data_of(job, folder).run / "data" / "diagnosis.json").read_text())["measures"]
+    measures = json.loads(diagnosis_of(job, folder).read_text())["measures"]
     return {name: measures[name]["mean"] for name in ("skill", "sibling_ranking") if name in measures}
 
 

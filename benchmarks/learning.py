@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from learning_jobs import NUM_TEST, NUM_VALIDATION, PACKAGES, TASKS, Job, K, larger_critics, restore, run_jobs
+from learning_jobs import NUM_TEST, NUM_VALIDATION, PACKAGES, TASKS, Job, K, dates_of, larger_critics, restore, run_jobs
 from learning_report import NUM_SEEDS_SIBLINGS, SIBLINGS, TITLES, details, draw, short, table
 from recording import REPOSITORY, command_line, keep, origin, write_between
 
@@ -204,6 +204,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "learning")
     parser.add_argument("--num_processes", type=int, default=2, help="Trainings at a time, one core each.")
     given = parser.parse_args()
+    if given.tasks != list(TASKS)[: len(given.tasks)]:
+        parser.error(f"--tasks begins with the first of {', '.join(TASKS)}: later ones begin with its settings.")
     restore(given.output_dir)
     record = {
         **origin(command_line(), PACKAGES),
@@ -217,6 +219,7 @@ def main() -> None:
     seeds = given.seeds
     for task in given.tasks:
         record["tasks"][task] = compare(task, search, twice, seeds, given.output_dir, given.num_processes)
+        record["tasks"][task]["trained"] = dates_of(task)
         found = record["tasks"][task]["tuning"]
         chosen = {method: [found[method]["chosen"]] for method in AXES_LATER}
         search = Search(chosen, AXES_LATER, TUNING_SEEDS[:1])

@@ -308,16 +308,28 @@ def restore(folder: Path) -> None:
             write_atomically(path, json.dumps(result, indent=2))
 
 
+def dates_of(task: str) -> str:
+    """When the jobs of a task were run, from the first to the last."""
+    results = map(json.loads, KEPT.read_text().splitlines())
+    dates = sorted({result["date"] for result in results if result["task"] == task})
+    return " to ".join(dict.fromkeys((dates[0], dates[-1])))
+
+
 def run_jobs(jobs: Iterable[Job], folder: Path, num_processes: int) -> list[dict[str, Any]]:
     """Results of all jobs, in their order; those that are there are not run again."""
     jobs = list(jobs)
     missing = list({job.path(folder): job for job in jobs if not job.path(folder).exists()}.values())
-    data = {data_of(job, folder): job for job in missing}
+    sample_data(missing, folder, num_processes)
+    run_in_processes(run_job, [(job, folder) for job in missing], num_processes)
+    return [json.loads(job.path(folder).read_text()) for job in jobs]
+
+
+def sample_data(jobs: Iterable[Job], folder: Path, num_processes: int) -> None:
+    """What these jobs learn from."""
+    data = dict.fromkeys(data_of(job, folder) for job in jobs)
     sampled = {each if each.has_own_samples else each.plain: None for each in data}
     run_in_processes(make_data, [(each,) for each in sampled], num_processes)
     run_in_processes(make_data, [(each,) for each in data if each not in sampled], num_processes)
-    run_in_processes(run_job, [(job, folder) for job in missing], num_processes)
-    return [json.loads(job.path(folder).read_text()) for job in jobs]
 
 
 def make_data(data: Data) -> None:

@@ -144,7 +144,8 @@ def tuning_table(task: dict[str, Any]) -> str:
 def details(record: dict[str, Any]) -> str:
     text = origin_in_words(record) + "\n"
     for name, task in record["tasks"].items():
-        text += f"\n### Task `{name}`\n\n{verdict(task)}\n\n{table(task)}\n"
+        seeds = ", ".join(task["results"]["critic"])
+        text += f"\n### Task `{name}`\n\nTrained {task['trained']}; seeds {seeds}. {verdict(task)}\n\n{table(task)}\n"
         if any(method in SIBLINGS for method in task["results"]):
             text += f"\nSibling methods, of the first {NUM_SEEDS_SIBLINGS} seeds, with differences of the same seeds:"
             text += f"\n\n{siblings_table(task)}\n"

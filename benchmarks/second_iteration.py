@@ -4,11 +4,11 @@ first iteration left.
 
     python benchmarks/second_iteration.py [--seeds 0 1 2 3 4] [--repeats 10]
 
-The first iteration is the demo's, with the smaller steps of `iterations.py`: it leaves a critic, and outcomes of the
-student's completions. The second policy solves validation problems that neither has been trained on, and of every state
-of its kept solutions 192 completions are sampled. A run takes n of the first 64 as fresh ones and is compared with the
-mean of the others, whose own variance is subtracted. Of the same problems the student's completions, 8 of a state as in
-the demo, are what the first iteration knows of states that recur.
+The first iteration is the demo's, with anchor states as there and the smaller steps of `iterations.py`: it leaves a
+critic, and outcomes of the student's completions. The second policy solves validation problems that neither has been
+trained on, and of every state of its kept solutions 192 completions are sampled. A run takes n of the first 64 as fresh
+ones and is compared with the mean of the others, whose own variance is subtracted. Of the same problems the student's
+completions, 8 of a state as in the demo, are what the first iteration knows of states that recur.
 
 One half of the problems fits the strength of the critic as a prior; errors are those of the other half. Intervals are
 Student's t over seeds: of the first iteration's draws, its critic, and the second policy. Writes
@@ -57,7 +57,7 @@ TITLES = {
     "kernel and shrinkage": "KAE (h = 1) and shrinkage",
     "critic": "the first critic's values, as they are",
     "shifted critic": "BASIS: the first critic's values, shifted by c (`later_critics: shift`)",
-    "batch critic": "BASIS: these, and the batch's ratio (`later_critics: batch`)",
+    "batch critic": "BASIS: these, and the batch's ratio",
     "shifted critic and shrinkage": "shrinkage towards the first critic's values, shifted by c",
     "table": "the first iteration's values, as they are: its outcomes shrunk towards its critic",
     "shifted table": "BASIS: the first iteration's values, shifted by c",
@@ -242,8 +242,9 @@ def details(record: dict[str, Any]) -> str:
     recurring = np.mean([run["recurring"] for run in runs.values()])
     moved = np.mean([run["moved"] for run in runs.values()])
     return (
-        f"{origin_in_words(record)} {len(runs)} seeds; {np.mean([run['states'] for run in runs.values()]):.0f} states "
-        f"a seed, of which the first iteration has outcomes of {recurring:.0%}; success is {100 * moved:.0f} points "
+        f"{origin_in_words(record)} Seeds {', '.join(runs)}; "
+        f"{np.mean([run['states'] for run in runs.values()]):.0f} states a seed, of which the first iteration has "
+        f"outcomes of {recurring:.0%}; success is {100 * moved:.0f} points "
         f"higher in them than the first critic says.\n\n{table(runs)}"
     )
 
