@@ -58,6 +58,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/execution.py
 	$(BIN)/python benchmarks/code_demo.py
 	$(BIN)/python benchmarks/servers.py
+	$(BIN)/python docs/draw_prefix_tree.py
 
 # The requirements are in setup.cfg; a change there, or of the pinned versions, installs anew.
 $(READY): setup.cfg pyproject.toml constraints.txt
