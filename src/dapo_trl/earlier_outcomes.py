@@ -423,7 +423,7 @@ def revalue(solutions: Dataset, states: Dataset, with_ratio: bool = False) -> Re
     >>> from dapo_trl.earlier_outcomes import revalue
 
     >>> row = {"problem_id": "1", "mc_successes": [3.0, 3.0], "mc_rollouts": [4, 4], "critic_values": [0.5, 0.5]}
-    >>> states = Dataset.from_list([row | {"candidates": ["a\\n", "b\\n"], "rewards": [None, None]}])
+    >>> states = Dataset.from_list([row | {"prefix": [], "candidates": ["a\\n", "b\\n"], "rewards": [None, None]}])
     >>> solutions = Dataset.from_list([row | {"completions": ["a\\n"]}])
     >>> found = revalue(solutions, states)
     >>> round(found.shift, 2), [round(value, 2) for value in found.solutions["critic_values"][0]]
@@ -432,9 +432,10 @@ def revalue(solutions: Dataset, states: Dataset, with_ratio: bool = False) -> Re
     ```
     """
     tables = (states, solutions)
-    for rows in tables:
+    for rows, name in zip(tables, ("prefix", "completions"), strict=True):
+        wanted = (*_VALUED, name)
         refuse_missing_columns(
-            rows, "Values of an earlier critic need", _VALUED, "`predict_values` and sampling write them."
+            rows, "Values of an earlier critic need", wanted, "Sampling and `predict_values` write them."
         )
     known = {state.key: state for rows in tables for row in rows for state in _valued(row) if not state.is_end}
     if not known:
