@@ -123,7 +123,6 @@ class Iteration:
     ) -> None:
         self.recipe = recipe
         self.arguments = recipe.arguments
-        self.number = number
         self.folder = folder
         self.generator = generator
         self.critics = critics or [generator] * self.arguments.num_critics
