@@ -74,13 +74,7 @@ AXES |= {  # of the sibling methods, on the first task
 }
 AXES_LATER = {method: (RATE,) for method in AXES if method not in SIBLINGS}  # what is chosen anew on later tasks
 MAX_ROUNDS = 6  # of the search
-TWICE: dict[str, tuple[str, Settings]] = {  # whose settings they have, and others beside
-    "critic_2": ("critic", {}),
-    "shrinkage_2": ("shrinkage", {}),
-    "monte_carlo_2": ("monte_carlo", {}),
-    "shifted_2": ("critic", {"later_critics": "shift"}),
-    "kernel_2": ("monte_carlo", {"kernel_bandwidth": 1.0}),
-}
+TWICE = {"critic_2": "critic", "shrinkage_2": "shrinkage", "monte_carlo_2": "monte_carlo"}  # settings of the first
 # With which two iterations of half the problems generate as many tokens as one of all: a policy that solves nearly all
 # problems leaves few that have right and wrong solutions, and so needs few completions.
 SOLUTIONS_OF_TWICE = {"num_solutions": 13}
@@ -170,7 +164,7 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
 def compare(
     task: str,
     search: Search,
-    twice: dict[str, tuple[str, Settings]],
+    twice: dict[str, str],
     seeds: Sequence[int],
     folder: Path,
     num_processes: int,
@@ -178,8 +172,7 @@ def compare(
     """Tune on the tuning seeds, report the others."""
     tuned = tune(task, search, folder, num_processes)
     settings = {"student": {}} | {method: found["chosen"] for method, found in tuned.items()}
-    for method, (like, more) in twice.items():
-        settings[method] = tuned[like]["chosen"] | SOLUTIONS_OF_TWICE | more
+    settings |= {method: tuned[like]["chosen"] | SOLUTIONS_OF_TWICE for method, like in twice.items()}
     if "listwise" in tuned:  # with the other sibling methods
         rate = {"grpo_learning_rate": tuned["grpo"]["chosen"]["learning_rate"]}
         settings["warm_up"] = tuned["critic"]["chosen"] | rate
@@ -215,8 +208,7 @@ def main() -> None:
     }
     methods = [method for method in AXES if given.siblings or method not in SIBLINGS]
     search = Search({method: first_of(AXES[method]) for method in methods}, AXES, TUNING_SEEDS)
-    twice = {method: like for method, like in TWICE.items() if given.siblings or method not in SIBLINGS}
-    seeds = given.seeds
+    seeds, twice = given.seeds, TWICE
     for task in given.tasks:
         record["tasks"][task] = compare(task, search, twice, seeds, given.output_dir, given.num_processes)
         record["tasks"][task]["trained"] = dates_of(task)

@@ -340,8 +340,6 @@ METHODS = {
     "worst_negatives": lambda data, settings: train_on_negatives("worst", data, settings),
     "warm_up": train_after_warm_up,
     "larger_critics": lambda data, settings: train_policy("critic", data, settings),  # the data have their values
-    "shifted_2": lambda data, settings: train_twice("critic", data, settings),
-    "kernel_2": lambda data, settings: train_twice("monte_carlo", data, settings),
     **{
         f"{source}_2": (lambda data, settings, source=source: train_twice(source, data, settings)) for source in SOURCES
     },

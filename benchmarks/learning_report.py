@@ -34,8 +34,6 @@ TITLES = {
     "hard_negatives": "DPO on next steps by the critic, closest negative (DriveDPO)",
     "worst_negatives": "DPO on next steps by the critic, worst negative",
     "warm_up": "GRPO on half the tokens, then critic (ByteDance's DAPO)",
-    "shifted_2": "critic, two iterations, the second with the first one's critic, shifted (BASIS)",
-    "kernel_2": "Monte Carlo, two iterations, the first one's outcomes count half (KAE)",
 }
 BASELINES = ("rft", "dpo", "step_dpo", "kto", "grpo")
 SIBLINGS = {  # and what each is measured against
@@ -45,8 +43,6 @@ SIBLINGS = {  # and what each is measured against
     "hard_negatives": ("worst_negatives", "critic"),
     "worst_negatives": ("step_dpo", "critic"),
     "warm_up": ("critic", "grpo"),
-    "shifted_2": ("critic_2",),
-    "kernel_2": ("monte_carlo_2",),
 }
 OWN = tuple(name for name in TITLES if name not in (*BASELINES, *SIBLINGS, "student"))
 METRICS = (f"mean@{K}", "greedy")
