@@ -118,9 +118,8 @@ def measure(seeds: list[int], folder: Path, num_processes: int) -> dict[str, Any
     everything = {ablation.name: list(jobs_of(ablation, seeds, folder)) for ablation in ABLATIONS}
     jobs = [job for jobs in everything.values() for _, job in jobs]
     run_jobs(jobs, folder, num_processes)
-    sample_data(
-        [job for job in jobs if not diagnosis_of(job, folder).exists()], folder, num_processes
-    )  # of kept results
+    restored = [job for job in jobs if not diagnosis_of(job, folder).exists()]
+    sample_data(restored, folder, num_processes)
     found: dict[str, Any] = {}
     for ablation in ABLATIONS:
         rows: dict[str, list[dict[str, Any]]] = {}

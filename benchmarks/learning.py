@@ -162,12 +162,7 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(
-    task: str,
-    search: Search,
-    twice: dict[str, str],
-    seeds: Sequence[int],
-    folder: Path,
-    num_processes: int,
+    task: str, search: Search, twice: dict[str, str], seeds: Sequence[int], folder: Path, num_processes: int
 ) -> dict[str, Any]:
     """Tune on the tuning seeds, report the others."""
     tuned = tune(task, search, folder, num_processes)

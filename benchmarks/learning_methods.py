@@ -5,7 +5,7 @@ The methods that `learning.py` compares, each with what TRL ships: from data of 
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -24,7 +24,6 @@ from trl import (
 from dapo_trl import DAPOConfig, DAPOTrainer, math_reward
 from dapo_trl.anchors import anchor_states
 from dapo_trl.preference_pairs import to_preference_pairs
-from dapo_trl.recipe_arguments import RecipeArguments
 from dapo_trl.run_folder import held_out_problems
 from dapo_trl.shrinkage import fit_strength
 from dapo_trl.targets import LOG_PARTITIONS
@@ -32,7 +31,6 @@ from dapo_trl.value_sources import SOURCES, advantages_from, with_values_of
 from learning_jobs import Data, dapo_trl, make_engine, tokens_of_runs
 
 
-_OF_RUNS = {entry.name for entry in fields(RecipeArguments)}
 BATCH, WARMUP = 64, 20  # sequences, pairs or states of an optimizer step; its first steps
 MAX_PAIRS, MAX_SOLUTIONS = 8, 16  # of one problem, drawn at random
 Row = dict[str, Any]
@@ -142,7 +140,7 @@ def train_twice(source: str, data: Data, settings: dict[str, Any]) -> Trained:
     given = ["--values", source, "--iterations", "2", "--num_train_problems", half, "--num_test_problems", "8"]
     given += ["--allow_unfit_critic", "true"]  # as for one iteration
     for name, value in settings.items():
-        given += [f"--{name}" if name in _OF_RUNS else f"--policy.{name}", str(value)]
+        given += [f"--{name}" if name in data.task.settings else f"--policy.{name}", str(value)]
     dapo_trl("run", data.task, data.seed, folder, *given)
     last = folder / "iteration-2"
     policy = last / ("policy" if source == "critic" else f"policy_{source}")

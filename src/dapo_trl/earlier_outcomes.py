@@ -25,6 +25,7 @@ _SHIFTS = np.linspace(-6.0, 6.0, 241)  # of log-odds, that a table is moved by
 _COUNTED = ("problem_id", "mc_successes", "mc_rollouts")
 _VALUED = (*_COUNTED, "critic_values")
 _MARGIN = 0.02  # states with values nearer to 0 or 1 say nothing about others
+_END = "end"  # of the key of a state that is a finished solution
 _CLOSEST = 1e-6  # values of a table lie this far from 0 and 1 at least
 
 
@@ -212,7 +213,7 @@ def add_kernel_values(states: Dataset, earlier: Sequence[Iterable[Dataset]], ban
     known = [dict(item for rows in tables for row in rows for item in _outcomes(row)) for tables in earlier]
     columns: dict[str, list[list[float]]] = {"values": [], "effective_rollouts": []}
     for row in states:
-        keys = _candidate_keys(row)
+        keys = _state_keys(row)
         counts = [[outcomes.get(key, (0.0, 0)) for key in keys] for outcomes in known]
         counts.append(list(zip(row["mc_successes"], row["mc_rollouts"], strict=True)))
         successes, rollouts = np.moveaxis(np.array(counts, dtype=np.float64), 2, 0)
@@ -225,20 +226,23 @@ def add_kernel_values(states: Dataset, earlier: Sequence[Iterable[Dataset]], ban
 def _outcomes(row: Mapping[str, Any]) -> Iterator[tuple[Hashable, tuple[float, int]]]:
     """Successes and rollouts of the states that a row knows of, but for its solution's end."""
     counts = zip(row["mc_successes"], row["mc_rollouts"], strict=True)
+    for key, outcomes in zip(_state_keys(row), counts, strict=True):
+        if "candidates" in row or key[-1] != _END:
+            yield key, outcomes
+
+
+def _state_keys(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """What tells the states of a row apart, one for each count: problem, steps, and `_END` for a finished solution."""
     if "candidates" in row:
-        yield from zip(_candidate_keys(row), counts, strict=True)
-        return
-    for depth, outcomes in enumerate(counts):
-        if depth < len(row["completions"]):
-            yield (row["problem_id"], *row["completions"][:depth], None), outcomes
-
-
-def _candidate_keys(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """What tells the state after each candidate apart: problem, steps, and for one that ends the solution its end."""
-    rewards = row.get("rewards") or [None] * len(row["candidates"])
+        rewards = row.get("rewards") or [None] * len(row["candidates"])
+        return [
+            (row["problem_id"], *row["prefix"], step, None if reward is None else _END)
+            for step, reward in zip(row["candidates"], rewards, strict=True)
+        ]
+    steps = row["completions"]
     return [
-        (row["problem_id"], *row["prefix"], step, None if reward is None else "end")
-        for step, reward in zip(row["candidates"], rewards, strict=True)
+        (row["problem_id"], *steps[:depth], _END if depth == len(steps) else None)
+        for depth in range(len(row["mc_rollouts"]))
     ]
 
 
@@ -437,21 +441,29 @@ def revalue(solutions: Dataset, states: Dataset, with_ratio: bool = False) -> Re
         refuse_missing_columns(
             rows, "Values of an earlier critic need", wanted, "Sampling and `predict_values` write them."
         )
-    known = {state.key: state for rows in tables for row in rows for state in _valued(row) if not state.is_end}
+    known = {
+        key: counts
+        for rows in tables
+        for row in rows
+        for key, *counts in zip(
+            _state_keys(row), row["critic_values"], row["mc_successes"], row["mc_rollouts"], strict=True
+        )
+        if key[-1] != _END
+    }
     if not known:
         return Revalued(solutions, states, 0.0)
-    v_S, k_S, n_S = (np.array(column) for column in zip(*(state.counts for state in known.values()), strict=True))
+    v_S, k_S, n_S = (np.array(column) for column in zip(*known.values(), strict=True))
     shift = fit_shift(v_S, k_S, n_S)
     ratios: dict[str, float] = {}
     if with_ratio:
-        problems = [state.problem_id for state in known.values()]
+        problems = [key[0] for key in known]
         ratios = dict(zip(problems, _ratios(shifted_values(v_S, shift), k_S, n_S, problems, _MARGIN)[0], strict=True))
 
     def moved(row: Mapping[str, Any]) -> list[float]:
-        ratio, values = ratios.get(row["problem_id"], 1.0), shifted_values(row["critic_values"], shift)
+        ratio, values = ratios.get(row["problem_id"], 1.0), row["critic_values"]
         return [
-            state.counts[0] if state.is_end else min(ratio * value, 1.0)
-            for state, value in zip(_valued(row), values.tolist(), strict=True)
+            old if key[-1] == _END else min(ratio * value, 1.0)
+            for key, old, value in zip(_state_keys(row), values, shifted_values(values, shift).tolist(), strict=True)
         ]
 
     of_solutions, of_states = ([moved(row) for row in rows] for rows in (solutions, states))
@@ -460,22 +472,3 @@ def revalue(solutions: Dataset, states: Dataset, with_ratio: bool = False) -> Re
         with_columns(states, {"critic_values": of_states}),
         shift,
     )
-
-
-class _State(NamedTuple):
-    key: tuple[Any, ...]
-    problem_id: str
-    is_end: bool
-    counts: tuple[float, float, int]  # value, successes, rollouts
-
-
-def _valued(row: Mapping[str, Any]) -> Iterator[_State]:
-    """The states that a row has a value of."""
-    counts = zip(row["critic_values"], row["mc_successes"], row["mc_rollouts"], strict=True)
-    if "candidates" in row:
-        for key, each in zip(_candidate_keys(row), counts, strict=True):
-            yield _State(key, row["problem_id"], key[-1] == "end", each)
-        return
-    for depth, each in enumerate(counts):
-        is_end = depth == len(row["completions"])
-        yield _State((row["problem_id"], *row["completions"][:depth], None), row["problem_id"], is_end, each)
